@@ -212,7 +212,7 @@ def test_the_change_is_the_dense_formula_over_the_stream(small, editor):
     for projection in projections:
         stream = {
             part: torch.cat([first[projection.name][part], second[projection.name][part]])
-            for part in ("inputs", "gradients", "outputs")
+            for part in ("inputs", "gradients")
         }
         count = len(second[projection.name]["inputs"])
         normal = {part: (rows - rows.mean(0)) / rows.std(0) for part, rows in stream.items()}
@@ -223,7 +223,7 @@ def test_the_change_is_the_dense_formula_over_the_stream(small, editor):
             normal["gradients"] = (stream["gradients"] - stream["gradients"].mean(0)) @ root
         rate = editor.learning_rate
         if rate is None:
-            length = stream["outputs"].square().sum(-1).mean().sqrt() / math.sqrt(small.hidden)
+            length = first[projection.name]["outputs"].square().sum(-1).mean().sqrt() / math.sqrt(small.hidden)
             rate = editor.step_size / 2 * length / projection.width
         asked = -rate * normal["inputs"].square().sum(-1, keepdim=True) * normal["gradients"]
         keys = stream["inputs"][-count:]
@@ -232,7 +232,7 @@ def test_the_change_is_the_dense_formula_over_the_stream(small, editor):
         wanted = torch.linalg.inv(keys.T @ keys + ridge * identity) @ keys.T @ asked[-count:]
         assert close(dense(delta)[projection.name], wanted.T, 1e-5)
         if editor.learning_rate is None:
-            size = asked.norm(dim=-1).mean() / stream["outputs"].norm(dim=-1).mean()
+            size = asked.norm(dim=-1).mean() / first[projection.name]["outputs"].norm(dim=-1).mean()
             assert size.item() == pytest.approx(editor.step_size / 2, rel=0.3)
     assert session.statistics.steps == 2
 
@@ -426,6 +426,14 @@ def test_the_published_constants():
     assert (ultra.learning_rate, ultra.ridge, ultra.whitened, ultra.warm_up) == (1e-6, 1.0, False, 0)
     assert (stable.learning_rate, stable.ridge, stable.whitened, stable.warm_up) == (1e-6, 10.0, True, 20)
     assert isinstance(stable, GradientEditor)
+
+
+def test_outputs_that_edits_have_enlarged_do_not_enlarge_the_step():
+    rows = {"inputs": draw(30, 7), "gradients": draw(30, 4, seed=1), "outputs": draw(30, 4, seed=2)}
+    first = WeightStatistics.empty(7, 4, covariance=False, device=torch.device("cpu")).added(**rows)
+    later = first.added(**(rows | {"outputs": 9.0 * rows["outputs"]}))
+    assert later.output_square == first.output_square > 0
+    assert later.inputs.count == 60
 
 
 def test_what_is_asked_does_not_depend_on_the_scale_of_a_model():

@@ -128,8 +128,7 @@ class _Evaluation(Analysis):
         if isinstance(self.editor, ClosedFormEditor):
             return editor_at(self.editor, site)[0]
         if isinstance(self.editor, GradientEditor):
-            name = type(self.editor).__name__
-            raise EditError(f"{name} edits the layers that it names, and no trace chooses them; pass trace=None")
+            raise EditError(f"no trace chooses the layers of {type(self.editor).__name__}; pass trace=None")
         layer = {"layer": site.layer} if hasattr(self.editor, "layer") else {}
         return replace(cast(Any, self.editor), **layer)
 

@@ -57,7 +57,8 @@ class GradientEditor:
     """The weight that is changed: "mlp" is the down projection of the MLP, "attention" the output projection."""
     step_size: float = 3.0
     """Norm of what is asked of outputs, on average over the stream and in sum over the layers, as a share of the root
-    mean squared norm of the outputs there: it means the same in every model and layer. 0 changes nothing."""
+    mean squared norm of the outputs of its first step: it means the same in every model and layer. 0 changes
+    nothing."""
     learning_rate: float | None = None
     """The factor eta of the papers, in place of `step_size`; its meaning depends on the width of the model."""
     ridge_fraction: float = 0.02
@@ -154,7 +155,7 @@ class GradientEditor:
             raise EditError(f"cannot edit layers {list(self.layers)}: {error}") from error
 
     def wanted(self, rows: AnswerGradients, statistics: WeightStatistics) -> Tensor:
-        """Return the change of the output that is asked for at each row, (row, hidden) float64 (UltraEdit, eq. 5)."""
+        """Return the change of the output that is asked for at each row, (row, hidden) float64: -eta |h^|^2 g^."""
         inputs = statistics.inputs.normalised(rows.inputs)
         normalise = statistics.gradients.whitened if self.whitened else statistics.gradients.normalised
         rate = self.learning_rate
@@ -172,6 +173,8 @@ class GradientEditor:
 class UltraEdit(GradientEditor):
     """UltraEdit (arXiv 2505.14679): one gradient step, normalised over the stream of edits, in closed form.
 
+    Its code keeps one set of statistics for all weights of one shape; here each weight has its own.
+
     Example:
         >>> import multrace as mt
         >>> from multrace.data import World, tiny_vlm_path, world_records
@@ -184,10 +187,11 @@ class UltraEdit(GradientEditor):
 
     @classmethod
     def paper(cls, *, layers: tuple[int, ...]) -> Self:
-        """Return the published constants: eta 1e-6 and a ridge of 1, for models of some 7B parameters.
+        """Return the published constants, which are for models of some 7B parameters.
 
-        They are absolute, so that their meaning depends on the scale of a model. The published layers are 11 to 15
-        (gate projections) and 18 to 24 (up projections) of Llama-3-8B; here the down projections of layers are changed.
+        These are eta 1e-6 and a ridge of 1. Both are absolute, so that their meaning depends on the scale of a model.
+        The published layers are 11 to 15 (gate projections) and 18 to 24 (up projections) of Llama-3-8B; here the
+        projections of layers that write into the residual stream are changed.
         """
         return cls(layers=layers, learning_rate=1e-6, ridge=1.0, end_of_answer=False)
 
@@ -196,18 +200,21 @@ class UltraEdit(GradientEditor):
 class StableEdit(GradientEditor):
     """StableEdit (ICML 2026): as `UltraEdit`, with gradients whitened by their covariance over the stream.
 
-    The covariance is (hidden, hidden) in float64 for each edited weight, and its eigenvectors are computed at each
-    step.
+    Its code divides the scatter by n - hidden - 1 and holds eigenvalues at 1e-6; here the covariance has n - 1, and the
+    floor is 1e-6 of the mean eigenvalue, since gradients have no natural unit. The covariance is (hidden, hidden) in
+    float64 for each edited weight, and its eigenvectors are computed at each step. A stream needs many more rows than
+    a gradient has entries before the covariance says more than noise.
     """
 
     whitened: bool = True
 
     @classmethod
     def paper(cls, *, layers: tuple[int, ...], warm_up: int = 20) -> Self:
-        """Return the published constants: eta 1e-6, a ridge of 10, and 20 steps that only gather statistics.
+        """Return the published constants, which are for models of some 7B parameters.
 
-        The published down projections are 11, 12, 22, 23 and 28 to 30 of Llama-3-8B. Its code warms up on steps of
-        training data that it also writes into the model; `GradientSession.gather` takes such data and writes nothing.
+        These are eta 1e-6, a ridge of 10, and 20 steps that only gather statistics. The published down projections are
+        those of layers 11, 12, 22, 23 and 28 to 30 of Llama-3-8B. Its code warms up on steps of training data that it
+        also writes into the model; `GradientSession.gather` takes such data and writes nothing.
         """
         return cls(layers=layers, learning_rate=1e-6, ridge=10.0, warm_up=warm_up, end_of_answer=False)
 

@@ -110,7 +110,8 @@ class WeightStatistics:
     gradients: RunningStatistics
     """Of the gradients of the loss at what it writes."""
     output_square: float
-    """Mean squared norm of what it writes."""
+    """Mean squared norm of what it writes in the first step of the stream. Later steps see outputs that edits have
+    moved, and a scale that grew with them would make each edit larger than the one before."""
 
     @classmethod
     def empty(cls, width: int, hidden: int, *, covariance: bool, device: torch.device) -> Self:
@@ -123,11 +124,10 @@ class WeightStatistics:
 
     def added(self, inputs: Tensor, gradients: Tensor, outputs: Tensor) -> Self:
         """Return the statistics with these rows as well, (row, width) and twice (row, hidden)."""
-        total = self.output_square * self.inputs.count + outputs.double().square().sum().item()
-        read = self.inputs.added(inputs)
-        return replace(
-            self, inputs=read, gradients=self.gradients.added(gradients), output_square=total / max(read.count, 1)
-        )
+        read, squares = self.inputs.added(inputs), self.output_square
+        if not self.inputs.count and len(outputs):
+            squares = outputs.double().square().sum(-1).mean().item()
+        return replace(self, inputs=read, gradients=self.gradients.added(gradients), output_square=squares)
 
     def fits(self, other: Self) -> bool:
         """Return whether both are of weights of the same shape, both with a covariance of gradients or neither."""

@@ -77,8 +77,8 @@ def answer_gradients(
         EditError: A projection does not run for these prompts.
         ModelError: A question cannot be made into a prompt, or the model has no gradients.
 
-    Source: MEND (arXiv 2110.11309, section 3), whose decomposition of a gradient into these two factors UltraEdit
-    (arXiv 2505.14679) uses.
+    Source: the gradient of a weight is the sum over tokens of the outer products of these two, as in MEND (arXiv
+    2110.11309) and UltraEdit (arXiv 2505.14679).
 
     Example:
         >>> import multrace as mt
