@@ -47,4 +47,10 @@ from .solve.editors import (
     EditorByRequest as EditorByRequest,
     MultEdit as MultEdit,
 )
+from .solve.gradient import (
+    GradientEditor as GradientEditor,
+    StableEdit as StableEdit,
+    UltraEdit as UltraEdit,
+)
+from .solve.stream import StreamStatistics as StreamStatistics
 from .values.search import RequestValues as RequestValues

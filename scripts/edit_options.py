@@ -19,6 +19,7 @@ from .options import (
     BASELINES,
     EDITOR,
     EDITORS,
+    GRADIENT_EDITORS,
     MOMENT_KINDS,
     PROJECTIONS,
     CommandError,
@@ -27,10 +28,12 @@ from .options import (
     RunOptions,
 )
 
-_PLACE = ("layer", "token", "spread", "where")
-NAMES = (*EDITORS, *BASELINES)
+_PLACE = ("layer", "layers", "token", "spread", "where")
+NAMES = (*EDITORS, *GRADIENT_EDITORS, *BASELINES)
 """Every name that --editor takes."""
 PAPER = "paper"
+_GRADIENT_SPREAD = 2
+"""Number of layers that an editor by one gradient step changes, unless --spread or --where says otherwise."""
 ANY_LAYER = 10**6
 """A layer above those of any model, for editors whose layer is chosen later: any number of layers lies below it."""
 
@@ -83,8 +86,8 @@ class EditorOptions(GeneralOptions):
     spread: Annotated[
         int | None,
         Parameter(
-            help="number of layers that share the change, the last of which is the layer to edit (default: 3 for memit "
-            "and alphaedit, 1 for the others)",
+            help="number of layers that share the change, the last of which is the layer to edit (default: 3 for "
+            "memit and alphaedit, 2 for ultraedit and stableedit, 1 for the others)",
             group=EDITOR,
             metavar="N",
         ),
@@ -101,9 +104,28 @@ class EditorOptions(GeneralOptions):
     learning_rate: Annotated[
         float | None,
         Parameter(
-            help="learning rate of the value search or of the training (default: 0.3 for multedit)",
+            help="learning rate of the value search, of the training, or of the gradient step in place of --step-size "
+            "(default: 0.3 for multedit)",
             group=EDITOR,
             metavar="RATE",
+        ),
+    ] = None
+    step_size: Annotated[
+        float | None,
+        Parameter(
+            help="norm of the change of outputs that ultraedit and stableedit ask for, on average and in sum over the "
+            "layers, as a share of the norm of outputs; without --learning-rate (default: 3.0 for ultraedit)",
+            group=EDITOR,
+            metavar="SHARE",
+        ),
+    ] = None
+    warm_up: Annotated[
+        int | None,
+        Parameter(
+            help="number of edits at the beginning from which ultraedit and stableedit only gather statistics "
+            "(default: 0 for ultraedit)",
+            group=EDITOR,
+            metavar="N",
         ),
     ] = None
     stop_loss: Annotated[
@@ -449,14 +471,14 @@ def editor(
         layer: The layer that is changed, the last one of several. "lora" adapts all layers unless the settings name
             `layers`, and "in-context" changes none.
         token: The token group or position at which a closed-form editor edits (default "last").
-        spread: The number of layers that share the change, or that fine-tuning trains together. None (default) is the
-            number of the editor, or fewer if fewer layers lie below.
+        spread: The number of layers that share the change, or that fine-tuning or a gradient step changes at once. None
+            (default) is the number of the editor, or fewer if fewer layers lie below.
         preset: "paper" for the published constants, which the settings override; None (default) for the defaults of
             the editor.
         settings: Fields of the editor.
 
     Returns:
-        A closed-form editor or a baseline.
+        A closed-form editor, an editor by one gradient step, or a baseline.
 
     Raises:
         CommandError: The name, the preset or a setting is unknown.
@@ -472,6 +494,11 @@ def editor(
         if spread is None:
             spread = min(result.spread, layer + 1) if layer >= 0 else result.spread
         return replace(result, layer=layer, spread=spread, **settings)
+    if name in GRADIENT_EDITORS:
+        kind = solve.GRADIENT_EDITORS[name]
+        _check_settings(name, kind, settings)
+        layers = _gradient_layers(layer, spread)
+        return replace(kind.paper(layers=layers) if preset else kind(layers=layers), **settings)
     if name not in BASELINES:
         raise CommandError(f"no editor {name!r}; pass one of {', '.join(NAMES)}")
     row = _BASELINES[name]
@@ -488,6 +515,24 @@ def editor(
     if row.has_layer and spread is not None and spread > 1:
         settings |= {"layer": None, "layers": _layers(layer, spread)}
     return replace(result, **settings)
+
+
+def _gradient_layers(layer: int, spread: int | None) -> tuple[int, ...]:
+    """The layers that a gradient step changes, the last of which is `layer`."""
+    if spread is None:
+        spread = min(_GRADIENT_SPREAD, layer + 1) if layer >= 0 else _GRADIENT_SPREAD
+    if spread < 1 or 0 <= layer < spread - 1:
+        raise CommandError(f"{spread} layers up to layer {layer} do not exist; pass another --spread or --where")
+    return tuple(range(layer - spread + 1, layer + 1))
+
+
+def check_place(name: str) -> None:
+    """Raise `CommandError` for an editor that cannot be placed by traces, which find one layer and one token."""
+    if name in GRADIENT_EDITORS:
+        raise CommandError(
+            f"{name} changes the layers that are named, at the tokens of the answers, and no trace chooses these; pass "
+            "--where LAYER or --where FIRST-LAST"
+        )
 
 
 def _layers(last: int, count: int) -> tuple[int, ...]:

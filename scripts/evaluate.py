@@ -15,13 +15,14 @@ from .edit import TRACE
 from .edit_options import (
     NAMES,
     ComparedEditorOptions,
+    check_place,
     editor as editor_of,
     parse_place,
     read_cloze,
     read_general,
     read_texts,
 )
-from .options import EDITORS, SEQUENCE_LENGTHS, SPLITS, CommandError, RunOptions, print_report
+from .options import EDITORS, GRADIENT_EDITORS, SEQUENCE_LENGTHS, SPLITS, CommandError, RunOptions, print_report
 
 EXAMPLE = """examples:
   multrace evaluate --model DIR --data records.jsonl --editor multedit ft --where 5:last --out out/eval
@@ -259,7 +260,9 @@ def _analysis(options: Evaluate, plan: _Plan, name: str) -> workflow.Analysis:
 
 def _editor(options: Evaluate, name: str, place: workflow.Place | None) -> Any:
     """Return the editor at a place; without one it gets a place that a trace will replace."""
-    at = {"layer": -1, "token": "last", "spread": options.spread if name in EDITORS else None}
+    if place is None:
+        check_place(name)
+    at = {"layer": -1, "token": "last", "spread": options.spread if name in (*EDITORS, *GRADIENT_EDITORS) else None}
     if place is not None:
         spread = options.spread if place.spread is None else place.spread
         at = {"layer": place.layer, "token": place.token, "spread": spread}

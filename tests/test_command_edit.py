@@ -28,7 +28,7 @@ from multrace.scripts import (
     variants,
 )
 from multrace.scripts.main import app
-from multrace.scripts.options import BASELINES
+from multrace.scripts.options import BASELINES, GRADIENT_EDITORS
 from multrace.workflow import Place
 
 pytestmark = pytest.mark.usefixtures("unproven", "load_once")
@@ -336,11 +336,30 @@ def test_a_trace_made_before_says_where(desk: Desk, tiny_vlm: VisionLanguageMode
 
 # ---- bad input: one line, exit code 2, nothing left behind ----
 
+
+def test_a_file_of_edits_is_one_gradient_step(desk: Desk, tiny_vlm: VisionLanguageModel, capsys: pytest.CaptureFixture):
+    step = {"editor": "ultraedit", "where": "5-6"}
+    bad = {"id": "bad", "image": "missing.png", "question": "Who?", "target": "Pruro"}
+    assert app(desk.all([*desk.rows, bad], **step)) == 1
+    assert "missing.png" in capsys.readouterr().out
+    delta = mt.Delta.load(desk.out / "edit.safetensors")
+    assert [*delta.changes] == [tiny_vlm.down_projection(layer).name for layer in (5, 6)]
+    assert len(desk.report()["requests"]) == len(delta.requests) == len(desk.rows)
+    assert desk.report()["undone_bit_for_bit"]
+    with delta.applied(tiny_vlm):
+        said = tiny_vlm.answers([desk.prompt(tiny_vlm, index) for index in range(len(desk.rows))])
+    assert [each["answers"]["with the edit"] for each in desk.report()["requests"]] == list(said)
+    assert app(desk.all(retry_failed=[], **step)) == 2
+    assert "--retry-failed belongs to editors that search for values" in capsys.readouterr().err
+
+
 BAD: dict[str, tuple[dict[str, object], str]] = {  # name: changed options, what the line must say
     "layer that is not there": ({"where": "40"}, "cannot edit at --where 40: no layer 40 in"),
     "range from above": ({"where": "5-3"}, "no place '5-3'"),
     "two numbers of layers": ({"where": "4-5", "spread": "3"}, "--where 4-5 and --spread 3 disagree"),
     "unknown token": ({"where": "5:nowhere"}, "cannot edit at token 'nowhere'"),
+    "gradient step by a trace": ({"editor": "ultraedit", "where": "trace"}, "pass --where LAYER or --where FIRST-LAST"),
+    "gradient step at a token": ({"editor": "ultraedit", "where": "5:constraint_last"}, "not 'constraint_last'"),
     "no moments": ({"editor": "rome"}, "pass --moments FILE"),
     "moments of nothing": ({"moments": "{folder}/0.png"}, "is not a readable safetensors file"),
     "nothing to trace under": ({"where": "trace"}, "needs --corrupt"),
@@ -378,6 +397,7 @@ def test_bad_input_is_one_line(changes: dict[str, object], message: str, desk: D
 def test_every_editor_has_a_name_and_sessions(name: str, desk: Desk, tiny_vlm: VisionLanguageModel):
     settings = {"in-context": {}, "ft-bf": {"epochs": 1}, "lora-bf": {"epochs": 1}}.get(name, {"steps": 1})
     settings |= {} if name in BASELINES else {"moment_weight": 0.0, "null_threshold": None, "ridge_fraction": 0.1}
+    settings = {"step_size": 2.0, "ridge_fraction": 0.1} if name in GRADIENT_EDITORS else settings
     made = editor(name, layer=5, **settings)
     request = mt.EditRequest(question=desk.prompt(tiny_vlm, 0), target=desk.rows[0]["target"])
     with made.start(tiny_vlm) as session:
@@ -392,6 +412,16 @@ def test_spread_is_the_editors_own_as_far_as_there_are_layers():
     assert [editor("memit", layer=layer).spread for layer in (7, 1, 0)] == [3, 2, 1]
     assert editor("memit", layer=7, spread=2).spread == 2
     assert editor("multedit", layer=7).spread == 1
+
+
+def test_a_gradient_step_changes_the_layers_up_to_the_one_that_is_named():
+    assert [editor("ultraedit", layer=layer).layers for layer in (7, 0, -1)] == [(6, 7), (0,), (-2, -1)]
+    assert editor("stableedit", layer=6, spread=3, step_size=1.0, warm_up=2) == mt.editing.StableEdit(
+        layers=(4, 5, 6), step_size=1.0, warm_up=2
+    )
+    assert editor("ultraedit", layer=6, preset="paper") == mt.editing.UltraEdit.paper(layers=(5, 6))
+    with pytest.raises(CommandError, match="3 layers up to layer 1 do not exist"):
+        editor("ultraedit", layer=1, spread=3)
 
 
 def test_a_preset_is_what_was_published_and_settings_go_over_it():

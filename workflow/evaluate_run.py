@@ -21,6 +21,7 @@ from ..editing import (
     EditReport,
     EditSession,
     EvaluationSettings,
+    GradientEditor,
     Moments,
 )
 from ..editing.baselines import change_file, save_change, stored_change
@@ -129,6 +130,8 @@ class _Evaluation(Analysis):
             return self.editor
         if isinstance(self.editor, ClosedFormEditor):
             return editor_at(self.editor, site)[0]
+        if isinstance(self.editor, GradientEditor):
+            raise EditError(f"no trace chooses the layers of {type(self.editor).__name__}; pass trace=None")
         layer = {} if getattr(self.editor, "layer", None) is None else {"layer": site.layer}
         return replace(cast(Any, self.editor), **layer)
 

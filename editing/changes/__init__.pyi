@@ -1,5 +1,6 @@
 from .adapters import VLLM_RANKS as VLLM_RANKS, ExportedAdapter as ExportedAdapter, to_peft as to_peft
 from .delta import Delta as Delta, RuntimeEdit as RuntimeEdit, compose as compose, requests_line as requests_line
+from .delta_session import DeltaSession as DeltaSession
 from .exports import (
     CastVerification as CastVerification,
     Verification as Verification,

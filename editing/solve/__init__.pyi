@@ -11,6 +11,13 @@ from .editors import (
     EditorByRequest as EditorByRequest,
     MultEdit as MultEdit,
 )
+from .gradient import (
+    GRADIENT_EDITORS as GRADIENT_EDITORS,
+    GradientEditor as GradientEditor,
+    GradientSession as GradientSession,
+    StableEdit as StableEdit,
+    UltraEdit as UltraEdit,
+)
 from .null_space import null_space as null_space
 from .problem import (
     Problem as Problem,
@@ -20,3 +27,8 @@ from .problem import (
     solve as solve,
 )
 from .session import ClosedFormSession as ClosedFormSession
+from .stream import (
+    RunningStatistics as RunningStatistics,
+    StreamStatistics as StreamStatistics,
+    WeightStatistics as WeightStatistics,
+)

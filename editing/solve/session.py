@@ -10,8 +10,7 @@ from pathlib import Path
 
 from ...data.facts import EditRequest
 from ...models import ModelError, VisionLanguageModel
-from ...models.guards import uninterrupted
-from ..changes import AppliedDelta, Delta, EditSession, History
+from ..changes import AppliedDelta, Delta, DeltaSession, History, HistoryEntry
 from ..moments import Moments
 from ..requests import (
     listed_requests,
@@ -29,7 +28,7 @@ from .shared import Shared
 from .under_way import EditUnderWay
 
 
-class ClosedFormSession(EditSession[Delta]):
+class ClosedFormSession(DeltaSession):
     """A session of closed-form edits. It holds what edits share, so that each costs the same.
 
     That is what `Shared` has, the hashes of the weights that it wrote, and the history, to which each edit is added.
@@ -44,9 +43,7 @@ class ClosedFormSession(EditSession[Delta]):
         history: History | None = None,
     ) -> None:
         """Prepare a session. choose: gives the editor of requests that are edited together."""
-        super().__init__(vlm, self._made)
-        self.history = History() if history is None else history
-        """The edits in effect, those of this session included."""
+        super().__init__(vlm, self._made, history=history)
         self._choose, self._moments = choose, moments
         self.shared = Shared(vlm, moments)
 
@@ -152,13 +149,7 @@ class ClosedFormSession(EditSession[Delta]):
         handle = self._open_handle()
         delta = self.propose(requests, values=values, progress=progress)
         self.shared.note_norms(delta.changes)
-        own = self._put_in(handle, delta)
-        try:
-            self.history = self.history.added(name or self._free_name(), delta, on_top=bool(self.history.names))
-        except BaseException:
-            uninterrupted(own.restore)
-            raise
-        self.shared.follow(self.history.entries[-1], delta)
+        self._kept(handle, delta, name)
         _give_back_memory()
         return delta
 
@@ -170,8 +161,6 @@ class ClosedFormSession(EditSession[Delta]):
                     self.shared.keys.gram(self.vlm.weight(name), name, set())
         self.shared.note_norms(change.changes)
         super().adopt(requests, change)
-        self.history = self.history.added(self._free_name(), change, on_top=bool(self.history.names))
-        self.shared.follow(self.history.entries[-1], change)
         _give_back_memory()
 
     def _made(
@@ -186,26 +175,20 @@ class ClosedFormSession(EditSession[Delta]):
 
     def _begin(self, handle: AppliedDelta) -> None:
         self.shared.anchors.follow([report for entry in self.history.entries for report in entry.requests])
-        if not self.history.names:
-            self.history.check_base(self.vlm)
-            return
-        with suppress(ModelError):  # of another model, which the next line says better
-            self.shared.note_norms(self.history.base)
-        self.history.put_in(handle)
-        for entry in self.history.entries:
-            if entry.dropped is None:
-                self.shared.keys.follow(entry)
+        if self.history.names:
+            with suppress(ModelError):  # of another model, which the next line says better
+                self.shared.note_norms(self.history.base)
+        super()._begin(handle)
+
+    def _follow(self, entry: HistoryEntry, delta: Delta | None = None) -> None:
+        if delta is None:  # of the history that the session begins with, whose norms `_begin` has taken in
+            self.shared.keys.follow(entry)
+        else:
+            self.shared.follow(entry, delta)
 
     def _end(self) -> None:
         super()._end()
         self.shared.forget()
-
-    def _free_name(self) -> str:
-        taken = {entry.name for entry in self.history.entries}
-        number = len(taken) + 1
-        while str(number) in taken:
-            number += 1
-        return str(number)
 
 
 def _give_back_memory() -> None:
