@@ -96,7 +96,7 @@ class EditorOptions(GeneralOptions):
         int | None,
         Parameter(
             help="maximum number of steps of the value search, or of training with ft, ft-l and lora (default: 200 for "
-            "multedit); ft-bf and lora-bf have --epochs",
+            "multedit); ft-bf and lora-bf have a number of epochs instead",
             group=EDITOR,
             metavar="N",
         ),

@@ -169,7 +169,7 @@ def test_a_dry_run_writes_nothing_and_tells_what_would_change(
     assert sorted(desk.folder.rglob("*")) == before
     assert f"{flips} of 1 answers that should stay would change" in printed
     assert printed.count("would change from") == flips
-    assert "% of the norm of model.language_model.layers.0.mlp.down_proj.weight (rank 3)" in printed
+    assert "% of the norm of model.language_model.layers.0.mlp.down_proj.weight (rank 2)" in printed
     assert "this was a dry run" in printed
 
 

@@ -178,7 +178,7 @@ def test_a_session_of_edits_is_the_same_as_edits_that_stack_the_rows_of_earlier_
         pairs.append((asked, solve(cost, asked, **options)))
         return pairs[-1][1]
 
-    monkeypatch.setattr("multrace.editing.solve.session.solve", both)
+    monkeypatch.setattr("multrace.editing.solve.under_way.solve", both)
     earlier: list[Tensor] = []
     with MultEdit(layer=5, steps=4, ridge=0.5).start(double) as session:
         for index in range(3):

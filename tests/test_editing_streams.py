@@ -254,7 +254,7 @@ def test_a_session_of_memit_keeps_the_inverse_and_gives_the_same_edits(double, m
 
 # the norm anchor
 
-ANCHORED = MultEdit(layer=5, steps=3, norm_anchor="pilot", norm_pilot=2)
+ANCHORED = MultEdit(layer=5, steps=3, ending="stop", norm_anchor="pilot", norm_pilot=2)
 
 
 @pytest.fixture(scope="module")
