@@ -13,7 +13,7 @@ from ...data.facts import EditRequest, Question
 from ...models import VisionLanguageModel
 from ..changes import WeightChange
 from ..requests import EditError, answers_where_finite
-from ..siblings import SiblingFinder, SiblingSet
+from ..siblings import SiblingSet
 from ..values import Lookup, PlainGoal, key_positions, prompt_end
 from .settings import ClosedFormSettings
 
@@ -48,34 +48,34 @@ class KeptQuestion:
 class KeptFinder:
     """Finds the questions whose outputs stay when requests are edited."""
 
-    def __init__(
-        self, vlm: VisionLanguageModel, editor: ClosedFormSettings, siblings: SiblingFinder, *, progress: bool
-    ) -> None:
-        self.vlm, self.editor, self.siblings, self.progress = vlm, editor, siblings, progress
+    def __init__(self, vlm: VisionLanguageModel, editor: ClosedFormSettings, *, progress: bool) -> None:
+        self.vlm, self.editor, self.progress = vlm, editor, progress
         self.token = editor.place[1]
 
-    def find(self, requests: Mapping[int, EditRequest], *, keys: int, room: int) -> list[KeptQuestion]:
+    def find(
+        self, requests: Mapping[int, EditRequest], siblings: Mapping[int, SiblingSet], *, keys: int, room: int
+    ) -> list[KeptQuestion]:
         """Return the questions, each once: those that the requests ask to keep, then siblings.
 
         Args:
             requests: The requests by their index.
+            siblings: The siblings of each of them; empty for none.
             keys: The largest number of keys of an edit: one for each answer position where these are edited.
             room: Maximum number of keys of siblings, less those of questions that requests ask to keep.
         """
         asked = {question.key: question for request in requests.values() for question in request.preserve_prompts}
         kept = self._asked_for(list(asked.values()))
-        if self.editor.siblings is None:
+        if self.editor.siblings is None or not siblings:
             return kept
-        sets = self.siblings.find(list(requests.values()), self.editor.siblings)
-        siblings = kept_siblings(
-            dict(zip(requests, sets, strict=True)),
+        found = kept_siblings(
+            {index: siblings[index] for index in requests},
             without=asked.keys(),
-            own=self._is_last(next(iter(requests.values())).question),
+            own=self.is_last(next(iter(requests.values())).question),
             mean=self.editor.siblings.mean,
             room=max(1, room - len(kept)),
-            has_token=self._has_token,
+            has_token=self.has_token,
         )
-        return kept + (siblings if keys == 1 else self._with_answers(siblings, keys))
+        return kept + (found if keys == 1 else self._with_answers(found, keys))
 
     def _with_answers(self, siblings: Sequence[KeptQuestion], tokens: int) -> list[KeptQuestion]:
         """The siblings with as many tokens of their present answers as are edited."""
@@ -90,7 +90,7 @@ class KeptFinder:
         """The questions that requests ask to keep; what the model answers matters at an answer's tokens alone."""
         if not questions:
             return []
-        if not self.editor.answer_keys or not self._is_last(questions[0]):
+        if not self.editor.answer_keys or not self.is_last(questions[0]):
             goals = (PlainGoal(questions=(question,), target=None) for question in questions)
             return [KeptQuestion(name=repr(goal.questions[0].text), goal=goal) for goal in goals]
         return [
@@ -107,12 +107,13 @@ class KeptFinder:
         sizes = {"max_new_tokens": max_new_tokens, "batch_size": self.editor.rows_at_once}
         return answers_where_finite(self.vlm, questions, **sizes, progress=self.progress)
 
-    def _is_last(self, question: Question) -> bool:
+    def is_last(self, question: Question) -> bool:
         """Whether the edited token is the last one of the question's prompt, after which answers begin."""
         prompt = self.vlm.prompt_for(question)
         return key_positions(prompt, self.token, end=False, every=False)[0] == prompt_end(prompt) - 1
 
-    def _has_token(self, question: Question) -> bool:
+    def has_token(self, question: Question) -> bool:
+        """Whether the question's prompt has the edited token."""
         try:
             key_positions(self.vlm.prompt_for(question), self.token, end=False, every=False)
         except EditError:

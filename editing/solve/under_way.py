@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +28,7 @@ from ..requests import (
     room_for_targets,
     says_target,
 )
+from ..siblings import SiblingSet
 from ..values import (
     Goals,
     Lookup,
@@ -71,6 +74,7 @@ class EditUnderWay:
         self.results: list[ValueResult] = []
         self.goals: list[PlainGoal] = []
         self.owners: list[int] = []
+        self.finder = KeptFinder(self.vlm, editor, progress=progress)
         self.relaxed: set[str] = set()
         self.kept: dict[int, dict[str, float]] = {}
         """What is reported of each request's kept keys: the share left, their weight, the leak to others."""
@@ -127,7 +131,7 @@ class EditUnderWay:
         """Return the wanted values of each request; the arguments are those of `ClosedFormSession.search`."""
         present, done = _answered(self.vlm, self.requests, self.progress)
         endings = self._endings(present, done)
-        own = {index: goals_of(self.requests[index], **ending) for index, ending in endings.items()}
+        own = {index: goals_of(self._searched(index), **ending) for index, ending in endings.items()}
         goals = [goal for each in own.values() for goal in each]
         owners = [index for index, each in own.items() for _ in each]
         failures = self._unrouted(goals, owners)
@@ -244,9 +248,26 @@ class EditUnderWay:
     def _kept_questions(self) -> list[KeptQuestion]:
         """The questions whose outputs stay."""
         room = max(1, self.projections[self.last].width // _ROOM)
-        finder = KeptFinder(self.vlm, self.editor, self.shared.siblings, progress=self.progress)
         own = {owner: self.requests[owner] for owner in self.owners}
-        return finder.find(own, keys=max(len(result.keys) for result in self.results), room=room)
+        keys = max(len(result.keys) for result in self.results)
+        return self.finder.find(own, self._siblings, keys=keys, room=room)
+
+    @cached_property
+    def _siblings(self) -> dict[int, SiblingSet]:
+        """The siblings of each request by its index; empty if the editor keeps none."""
+        if self.editor.siblings is None:
+            return {}
+        return dict(enumerate(self.shared.siblings.find(self.requests, self.editor.siblings)))
+
+    def _searched(self, index: int) -> EditRequest:
+        """A request with the KL prompts of its value search: its own, or else other questions about its subject.
+
+        Where the edited token is the last one, these questions have keys of their own, which are kept instead.
+        """
+        request = self.requests[index]
+        if request.essence or not self._siblings or self.finder.is_last(request.question):
+            return request
+        return replace(request, essence=tuple(filter(self.finder.has_token, self._siblings[index].own)))
 
     def _lookups(self, goals: Sequence[PlainGoal], layer: int, at: Projection | None = None) -> list[Lookup]:
         projection = self.projections[layer]
