@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import zip_longest
 
 import torch
 
@@ -22,9 +23,9 @@ _JOINS = ("and ", "or ", "such as ", "including ")
 def other_subjects(vlm: VisionLanguageModel, question: Question, *, number: int = 24) -> tuple[str, ...]:
     """Return names of other subjects that the question could be asked about, the most probable first.
 
-    Where words stand before the subject ("The capital of Australia is"), the model goes on after them once with each of
-    the most probable next tokens, up to the words that follow the subject in the question. Otherwise it goes on after
-    the subject with a comma, as in a list. Greedy, and so always the same.
+    The model goes on after the subject with a comma, as in a list, once with each of the most probable next tokens.
+    Where words stand before the subject ("The capital of Australia is"), it also goes on after these, up to the words
+    that follow the subject in the question, and the two give names in turn. Greedy, and so always the same.
 
     Args:
         vlm: The model.
@@ -48,12 +49,12 @@ def other_subjects(vlm: VisionLanguageModel, question: Question, *, number: int 
     if not isinstance(subject, str) or question.text.count(subject) != 1:
         return ()
     before, after = question.text.split(subject)
+    lists = [_names(vlm, question, f"{subject},", _END, number)]
     if before.strip():
         following = " ".join(after.split()[:2])
-        start, end = before.rstrip(), f"{_END}|{re.escape(following)}" if following else _END
-    else:
-        start, end = f"{subject},", _END
-    names = dict.fromkeys(_names(vlm, question, start, end, number))
+        end = rf"{_END}|(?<!\S){re.escape(following)}(?!\w)" if following else _END
+        lists.append(_names(vlm, question, before.rstrip(), end, number))
+    names = dict.fromkeys(name for turn in zip_longest(*lists) for name in turn if name is not None)
     return tuple(name for name in names if not _overlap(name, subject))[:number]
 
 

@@ -123,8 +123,8 @@ class SiblingFinder:
         yield from (_about(question, name) for name in dict.fromkeys(names) if name != subject)
 
     def _named(self, question: Question, frame: str, number: int) -> tuple[str, ...]:
-        """Names that the model gives: those for a frame with words before the subject serve for all its subjects."""
-        key = (frame, "" if frame.partition("{}")[0].strip() else str(question.constraint))
+        """Names that the model gives."""
+        key = (frame, str(question.constraint))
         if key not in self._names:
             self._names[key] = other_subjects(self.vlm, question, number=2 * number) if number else ()
         return self._names[key]
