@@ -28,9 +28,10 @@ PictureSource = Image.Image | Path
 Words = str | tuple[str, int | Literal["all"]]
 """Words of a question; if the question repeats them, with the number of the occurrence from 0, or with "all"."""
 
-EDITED, PORTABILITY, GENERAL = "edited", "portability", "general"
+EDITED, PORTABILITY, GENERAL, CLOZE = "edited", "portability", "general", "cloze"
+OWN_TEXT, GIVEN_TEXT = "own_text", "given_text"
 REPHRASE, OTHER_PICTURE, REPHRASE_OTHER_PICTURE = "rephrase", "other_picture", "rephrase_other_picture"
-BY_NAME = "by_name"
+BY_NAME, ORIGINAL_ENTITY = "by_name", "original_entity"
 RELATED_TEXT, RELATED_PICTURE = "related_text", "related_picture"
 SAME_QUESTION_OTHER_PICTURE = "same_question_other_picture"
 OTHER_QUESTION_SAME_PICTURE = "other_question_same_picture"
@@ -52,13 +53,17 @@ KINDS: Mapping[str, tuple[str, str]] = {
     SAME_QUESTION_OTHER_PICTURE: (LOCALITY, "same question, pictures of other things"),
     OTHER_QUESTION_SAME_PICTURE: (LOCALITY, "other questions, same picture"),
     OTHER_SUBJECT: (LOCALITY, "same relation, other subjects"),
+    ORIGINAL_ENTITY: (LOCALITY, "the original entity asked in text"),
     NO_PICTURE: (LOCALITY, "same question, no picture"),
     UNRELATED: (LOCALITY, "unrelated questions"),
     UNRELATED_TEXT: (LOCALITY, "unrelated questions, no picture"),
     GENERAL: (ABILITY, "held-out questions"),
+    CLOZE: (ABILITY, "untouched facts that the unedited model knows"),
+    OWN_TEXT: (ABILITY, "texts that the unedited model sampled"),
+    GIVEN_TEXT: (ABILITY, "texts of the caller"),
 }
 """Kind of question -> (what it measures, its name for people)."""
-PROBE_KINDS = tuple(kind for kind in KINDS if kind not in (EDITED, GENERAL))
+PROBE_KINDS = tuple(kind for kind, (aspect, _) in KINDS.items() if aspect not in (EFFICACY, ABILITY))
 """The kinds that a probe may have."""
 LISTS = ("contexts", "rewrite_prompts", "preserve_prompts", "essence")
 """Fields of an edit that hold lists of questions, besides its probes."""

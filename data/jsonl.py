@@ -26,6 +26,7 @@ from .errors import DataError
 from .facts import (
     LISTS,
     NO_PICTURE,
+    ORIGINAL_ENTITY,
     PROBE_KINDS,
     RELATED_TEXT,
     UNRELATED_TEXT,
@@ -54,7 +55,7 @@ _MEANT = {
 """Key of ours -> names that other files and people give it. Left alone they would be kept as remarks in silence."""
 ADDRESS = re.compile(r"data:|[A-Za-z][A-Za-z0-9+.-]+:/")
 """How an address on the web or a picture in base64 text begins, which is no path inside a folder."""
-_PICTURELESS = (NO_PICTURE, RELATED_TEXT, UNRELATED_TEXT)
+_PICTURELESS = (NO_PICTURE, ORIGINAL_ENTITY, RELATED_TEXT, UNRELATED_TEXT)
 """Kinds of probes that never show the record's picture."""
 _NAMES = {"text": "question"}
 """Field of `Question` -> its key in a file, where they differ."""

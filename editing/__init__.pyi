@@ -1,26 +1,32 @@
+from .baselines.breadth_first import BreadthFirst as BreadthFirst
+from .baselines.fine_tuning import FineTune as FineTune
 from .baselines.in_context import InContext as InContext
-from .baselines.training import FineTune as FineTune, Lora as Lora
+from .baselines.lora import Lora as Lora
+from .changes.adapters import ExportedAdapter as ExportedAdapter, to_peft as to_peft
 from .changes.delta import Delta as Delta, RuntimeEdit as RuntimeEdit, compose as compose
 from .changes.exports import (
+    Verification as Verification,
     save_merged as save_merged,
-    to_peft as to_peft,
     verify_export as verify_export,
     with_adapters as with_adapters,
 )
 from .changes.history import History as History, load_edit as load_edit
+from .changes.truncation import truncate as truncate
 from .changes.weight_change import (
     AppliedDelta as AppliedDelta,
     EditSession as EditSession,
     WeightChange as WeightChange,
 )
+from .evaluation.ability import ability_tests as ability_tests, cloze_questions as cloze_questions
 from .evaluation.asking import Baseline as Baseline, baseline as baseline
+from .evaluation.curves import EditCurve as EditCurve
 from .evaluation.dry_run import preview as preview, verify as verify
-from .evaluation.modes import NormBound as NormBound, evaluate as evaluate, evaluate_each as evaluate_each
+from .evaluation.modes import evaluate as evaluate, evaluate_each as evaluate_each
 from .evaluation.reports import (
-    EditCurve as EditCurve,
     EditReport as EditReport,
     EvaluationSettings as EvaluationSettings,
 )
+from .evaluation.sequences import NormBound as NormBound
 from .moments.collect import second_moments as second_moments
 from .moments.moments import Moments as Moments
 from .moments.own import MomentSource as MomentSource, OwnMoments as OwnMoments, own_moments as own_moments
@@ -32,6 +38,7 @@ from .requests import (
     EditError as EditError,
     room_for_targets as room_for_targets,
 )
+from .siblings.siblings import Siblings as Siblings
 from .solve.editors import (
     EMMET as EMMET,
     MEMIT as MEMIT,
@@ -42,4 +49,10 @@ from .solve.editors import (
     EditorByRequest as EditorByRequest,
     MultEdit as MultEdit,
 )
+from .solve.gradient import (
+    GradientEditor as GradientEditor,
+    StableEdit as StableEdit,
+    UltraEdit as UltraEdit,
+)
+from .solve.stream import StreamStatistics as StreamStatistics
 from .values.search import RequestValues as RequestValues

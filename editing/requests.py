@@ -13,7 +13,7 @@ from PIL import Image, ImageChops, ImageEnhance, ImageStat
 from tqdm import tqdm
 
 from ..data.facts import EditRequest, Question
-from ..models import NotFiniteError, Prompt, VisionLanguageModel, open_images
+from ..models import Continuation, NotFiniteError, Prompt, VisionLanguageModel, open_images
 
 EDITED = "edited"
 """What became of a request: its edit was made, and the model answers its question with the target."""
@@ -22,6 +22,8 @@ NOT_GENERATED = "not generated"
 NOTHING_TO_DO = "nothing to do"
 FAILED = "failed"
 """Followed by the reason."""
+MARKS = ".,;:!?\n"
+"""Characters that end an answer."""
 _PARTS = ("contexts", "rewrite_prompts", "preserve_prompts", "essence")
 _ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
@@ -86,25 +88,40 @@ def answers_where_finite(
     Prompts are made batch by batch. max_new_tokens: the maximum length of an answer, which is shorter where the model
     has no more positions. transform: what turns each prompt into the one that the model is given.
     """
-    answers: list[str | None] = []
+    sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    found = continuations_where_finite(vlm, questions, **sizes, transform=transform, progress=progress)
+    return [_answer_of(each) for each in found]
+
+
+def continuations_where_finite(
+    vlm: VisionLanguageModel,
+    questions: Sequence[Question],
+    *,
+    max_new_tokens: int = 16,
+    batch_size: int = 16,
+    transform: Callable[[Prompt], Prompt] | None = None,
+    progress: bool = False,
+) -> list[Continuation | None]:
+    """Return what the model says, as `answers_where_finite` does, with how it goes on and whether it stops."""
+    found: list[Continuation | None] = []
     bar = tqdm(total=len(questions), desc="answering", unit="question", disable=not progress, leave=False)
     with bar:
         for prompts in prompt_batches(vlm, questions, batch_size):
             prompts = prompts if transform is None else [transform(prompt) for prompt in prompts]
-            answers += _answers_with_room(vlm, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+            found += _with_room(vlm, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
             bar.update(len(prompts))
-    return answers
+    return found
 
 
-def _answers_with_room(
+def _with_room(
     vlm: VisionLanguageModel, prompts: Sequence[Prompt], *, max_new_tokens: int, **options: Any
-) -> list[str | None]:
-    """As `prompt_answers`; a prompt after which the model has fewer positions left is asked alone, for that many."""
+) -> list[Continuation | None]:
+    """As `_continuations`; a prompt after which the model has fewer positions left is asked alone, for that many."""
     rooms = [max_new_tokens if vlm.positions is None else max(1, vlm.positions - prompt.length) for prompt in prompts]
     together = [prompt for prompt, room in zip(prompts, rooms, strict=True) if room >= max_new_tokens]
-    answers = iter(prompt_answers(vlm, together, max_new_tokens=max_new_tokens, **options) if together else [])
+    found = iter(_continuations(vlm, together, max_new_tokens=max_new_tokens, **options) if together else [])
     return [
-        next(answers) if room >= max_new_tokens else prompt_answers(vlm, [prompt], max_new_tokens=room)[0]
+        next(found) if room >= max_new_tokens else _continuations(vlm, [prompt], max_new_tokens=room)[0]
         for prompt, room in zip(prompts, rooms, strict=True)
     ]
 
@@ -120,12 +137,34 @@ def prompt_answers(vlm: VisionLanguageModel, prompts: Sequence[Prompt], **option
 
     One prompt that overflows costs only itself: the others are asked again, one by one.
     """
+    return [_answer_of(each) for each in _continuations(vlm, prompts, **options)]
+
+
+def _continuations(vlm: VisionLanguageModel, prompts: Sequence[Prompt], **options: Any) -> list[Continuation | None]:
     try:
-        return list(vlm.answers(prompts, **options))
+        return list(vlm.continuations(prompts, **options))
     except NotFiniteError:
         if len(prompts) == 1:
             return [None]
-        return [answer for prompt in prompts for answer in prompt_answers(vlm, [prompt], **options)]
+        return [found for prompt in prompts for found in _continuations(vlm, [prompt], **options)]
+
+
+def _answer_of(found: Continuation | None) -> str | None:
+    return None if found is None else found.text.strip()
+
+
+def says_target(said: str, target: str) -> bool:
+    """Return whether an answer is the target, or goes on after the target with a mark that ends it.
+
+    A model that continues texts says "Canberra. It is" where a model that answers questions says "Canberra".
+
+    Example:
+        >>> from multrace.editing.requests import says_target
+        >>> says_target("Canberra. It is", "Canberra"), says_target("Canberra Island", "Canberra")
+        (True, False)
+    """
+    said, target = said.strip(), target.strip()
+    return said == target or (said.startswith(target) and said[len(target)] in MARKS)
 
 
 def with_answers_seen(vlm: VisionLanguageModel, change: Any, requests: Sequence[EditRequest]) -> Any:
@@ -142,8 +181,8 @@ def with_answers_seen(vlm: VisionLanguageModel, change: Any, requests: Sequence[
     with change.applied(vlm):
         for index, request, prompt in zip(edited, own, _asked_prompts(vlm, own, transform), strict=True):
             longest = 4 + len(prompt.answer_tokens(request.target))
-            (said,) = _answers_with_room(vlm, [prompt], max_new_tokens=longest)
-            if said != request.target.strip():
+            said = _answer_of(_with_room(vlm, [prompt], max_new_tokens=longest)[0])
+            if said is None or not says_target(said, request.target):
                 probability = target_probability(vlm, prompt.with_answer(request.target))
                 probability = probability if isfinite(probability) else 0.0  # a model that overflows says nothing
                 reports[index] |= {"status": NOT_GENERATED, "says": said or "", "probability": probability}

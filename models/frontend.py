@@ -246,6 +246,13 @@ class Frontend:
                 "shorten the text or pass fewer pictures"
             )
 
+    def check_width(self, width: int, attention_mask: torch.Tensor | None) -> None:
+        """Raise `ModelError` if a row of a batch has more tokens, without padding, than the model has positions."""
+        if self.limit is not None and width > self.limit:
+            if attention_mask is not None and attention_mask.ndim == 2:
+                width = int(attention_mask.sum(-1).max())
+            self.check_length(width)
+
     def tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Return token ids and character offsets of the text, with one token per picture, as the processor reads it."""
         special = self._adds_special(text)

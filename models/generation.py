@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .errors import ModelError, NotFiniteError
+from .errors import ModelError, NotFiniteError, whole_number
 from .frontend import Frontend, to_device
 from .prompts import Prompt, batches, collate
 
@@ -60,8 +60,10 @@ def generate(
 
     Answers in the prompts are ignored. Rows are padded on the left and masked, so a batch gives what its prompts
     give one by one, up to floating-point rounding of the logits (a tie within it may fall either way). The global
-    random state is left as it is. Raises `ModelError` if the model computes logits that are not finite.
+    random state is left as it is. Raises `ModelError` for a number below 1, and for logits that are not finite.
     """
+    whole_number(max_new_tokens, "max_new_tokens", least=1)
+    whole_number(batch_size, "batch_size", least=1)
     bare = [prompt.with_answer(None) for prompt in prompts]
     check_room(bare, frontend.limit, max_new_tokens)
     tokenizer = frontend.tokenizer
@@ -111,9 +113,7 @@ def check_room(prompts: Sequence[Prompt], limit: int | None, max_new_tokens: int
         )
 
 
-def _plain_settings(
-    model: PreTrainedModel, tokenizer: Any, max_new_tokens: int, *, sampled: bool
-) -> GenerationConfig:
+def _plain_settings(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int, *, sampled: bool) -> GenerationConfig:
     """Return settings of decoding that take only the special tokens from the model's generation settings.
 
     sampled: draw each token from the whole distribution instead of taking the most probable one.

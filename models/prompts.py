@@ -22,8 +22,6 @@ from .frontend import Frontend, align, frame, is_per_token, open_images
 from .layout import PictureGrid, grid_boxes, picture_grids, pixels_of
 
 _Value = TypeVar("_Value")
-_WORD = "The"
-"""A word with which a text can begin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,25 +380,16 @@ def build(
     return prompt if answer is None else prompt.with_answer(answer)
 
 
-def opening(frontend: Frontend) -> Prompt:
-    """Return the prompt before any text; see `VisionLanguageModel.opening`."""
-    for template in ("{question}", "\n{question}"):
-        prompt = build(frontend, None, _WORD, template=template)
-        length = prompt.groups["question_only"][0]
-        if length:
-            return _beginning(prompt, length, template.removesuffix("{question}"))
-    return prompt
-
-
-def _beginning(prompt: Prompt, length: int, text: str) -> Prompt:
-    """The first positions of a prompt without pictures, which show this text."""
-    inputs = {
-        name: value[:, :length] if is_per_token(name, value, prompt.length) else value
-        for name, value in prompt.inputs.items()
-    }
-    empty = dict.fromkeys(prompt.groups, ())
-    groups = {**empty, "last": (length - 1,), "all": tuple(range(length))}
-    return replace(prompt, question="", text=text, inputs=inputs, tokens=prompt.tokens[:length], groups=groups)
+def build_for(frontend: Frontend, question: Question, *, answer: str | None = None) -> Prompt:
+    """Return the prompt of a plain question; see `VisionLanguageModel.prompt_for`."""
+    return build(
+        frontend,
+        question.images or None,
+        question.text,
+        constraint=question.words or None,
+        answer=answer,
+        template=question.template,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

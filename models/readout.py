@@ -52,7 +52,12 @@ class AfterHead:
             logits = logits / self.divisor
         if self.cap is not None:
             logits = torch.tanh(logits / self.cap) * self.cap
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return at_least_float32(logits)
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Return the logits in float32, or in float64 if they are."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def measure_readout(model: PreTrainedModel, norm: nn.Module, token: int, name: str) -> AfterHead:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..data.facts import Question, Words
 from ..data.pictures import Picture
-from .errors import ModelError, whole_number
+from .errors import ModelError
 from .families import Addresses, ExpertProjection, Family, Key, Projection, RoutedExperts, Site
 from .frame import PER_LAYER, DecoderInput, Frame, with_positions
 from .frontend import Frontend, to_device
@@ -25,6 +25,7 @@ from .generation import Continuation, Score, check_room, generate, score_answer
 from .guards import ModelLock, evaluating, uninterrupted
 from .hooks import capture, first_call, main_tensor
 from .layout import pixels_of
+from .opening import opening
 from .pictures import named_features, projected_features
 from .placement import (
     OpenedWeight,
@@ -39,8 +40,8 @@ from .placement import (
     values,
     weight_names,
 )
-from .prompts import Prompt, PromptInputs, build, opening
-from .readout import AfterHead, measure_readout, run_on_token
+from .prompts import Prompt, PromptInputs, build, build_for
+from .readout import AfterHead, at_least_float32, measure_readout, run_on_token
 from .weights import WeightDigests, digest_weight, save_directory, without_origin
 
 if TYPE_CHECKING:
@@ -280,14 +281,7 @@ class VisionLanguageModel:
             >>> prompt.as_question() == question
             True
         """
-        return build(
-            self.frontend,
-            question.images or None,
-            question.text,
-            constraint=question.words or None,
-            answer=answer,
-            template=question.template,
-        )
+        return build_for(self.frontend, question, answer=answer)
 
     def opening(self) -> Prompt:
         """Return the prompt before any text, from which a model samples texts of its own (`continuations`).
@@ -699,7 +693,7 @@ class VisionLanguageModel:
             True
         """
         with self.running():
-            return _wide(self.model(**self._ready(inputs), use_cache=False).logits)
+            return at_least_float32(self.model(**self._ready(inputs), use_cache=False).logits)
 
     def forward(
         self,
@@ -748,7 +742,7 @@ class VisionLanguageModel:
             arguments["position_ids"] = position_ids
         before = 0 if past_key_values is None else past_key_values.get_seq_length()
         mask = arguments.get("attention_mask")
-        self._check_length(before + entering.length, mask if isinstance(mask, Tensor) else None)
+        self.frontend.check_width(before + entering.length, mask if isinstance(mask, Tensor) else None)
         embeddings = embeddings.clone()  # some text stacks write into what they are given (CTRL)
         arguments |= {"inputs_embeds": embeddings, "use_cache": past_key_values is not None}
         if past_key_values is not None:
@@ -810,8 +804,8 @@ class VisionLanguageModel:
             >>> len(vlm.answers(prompts, max_new_tokens=4))
             1
         """
-        sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        return [found.text.strip() for found in self.continuations(prompts, **sizes, progress=progress)]
+        options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress}
+        return [found.text.strip() for found in self.continuations(prompts, **options)]
 
     def continuations(
         self,
@@ -835,6 +829,9 @@ class VisionLanguageModel:
             batch_size: As for `answers`.
             progress: Show a progress bar.
 
+        Returns:
+            One continuation per prompt, in the order of the prompts.
+
         Raises:
             ModelError: As for `answers`.
 
@@ -848,10 +845,7 @@ class VisionLanguageModel:
         """
         for prompt in prompts:
             self.check_prompt(prompt)
-        sizes = {
-            "max_new_tokens": whole_number(max_new_tokens, "max_new_tokens", least=1),
-            "batch_size": whole_number(batch_size, "batch_size", least=1),
-        }
+        sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
         with self.running():
             return generate(self.model, self.frontend, prompts, **sizes, progress=progress, seed=seed)
 
@@ -913,23 +907,11 @@ class VisionLanguageModel:
         self.check_prompt(inputs)
         ready = to_device(inputs.inputs if isinstance(inputs, Prompt) else inputs, self.device, self.dtype)
         if "input_ids" in ready:
-            self._check_length(ready["input_ids"].shape[1], ready.get("attention_mask"))
+            self.frontend.check_width(ready["input_ids"].shape[1], ready.get("attention_mask"))
         return with_positions(ready, lambda: self.first_position)
-
-    def _check_length(self, width: int, attention_mask: Tensor | None) -> None:
-        """Raise `ModelError` if a row has more tokens, without padding, than the model has positions."""
-        limit = self.frontend.limit
-        if limit is not None and width > limit:
-            if attention_mask is not None and attention_mask.ndim == 2:
-                width = int(attention_mask.sum(-1).max())
-            self.frontend.check_length(width)
 
     def _attention_bias(self, mask: Tensor) -> Tensor:
         """Return a mask for the attention implementation; only sdpa takes booleans, eager would add True as 1."""
         if mask.dtype != torch.bool or getattr(self.decoder.config, "_attn_implementation", None) == "sdpa":
             return mask
         return torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, torch.finfo(self.dtype).min)
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()

@@ -26,7 +26,9 @@ from .edit_options import (
     edit_rows as edit_rows,
     editor as editor,
     parse_place as parse_place,
+    read_cloze as read_cloze,
     read_general as read_general,
+    read_texts as read_texts,
     request_of as request_of,
     variants as variants,
 )

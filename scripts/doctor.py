@@ -134,7 +134,7 @@ class Patient:
     def delta(self) -> editing.Delta:
         """A short edit of the middle layer, which is not applied."""
         editor = editing.MultEdit(
-            layer=self.layer, token="last", steps=_STEPS, end_of_answer=False, projection=self.projection
+            layer=self.layer, token="last", steps=_STEPS, ending="none", projection=self.projection
         )
         request = data.EditRequest(question=self.prompt, target=_TARGET)
         return editor.edit(self.vlm, [request], progress=False)
@@ -332,7 +332,7 @@ def moments(patient: Patient) -> str:
 def export(patient: Patient) -> str:
     """The edit as a PEFT adapter, and in a small model as a whole folder that is opened again."""
     with tempfile.TemporaryDirectory() as folder:
-        adapter = editing.to_peft(patient.vlm, patient.delta, Path(folder) / "adapter")
+        adapter = editing.to_peft(patient.vlm, patient.delta, Path(folder) / "adapter").folder
         config: Mapping[str, Any] = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         says = f"PEFT ({', '.join(chain(_listed(config, 'target_modules'), _listed(config, 'target_parameters')))})"
         if patient.mebibytes > _SMALL:

@@ -17,13 +17,23 @@ from .edit_options import (
     NEXT,
     EditorOptions,
     RequestOptions,
+    check_place,
     edit_rows,
     make_editor,
     parse_place,
     request_of,
     variants,
 )
-from .options import EDITORS, NOT_ALL, CommandError, check_files, check_new_folder, new_files, print_report
+from .options import (
+    EDITORS,
+    GRADIENT_EDITORS,
+    NOT_ALL,
+    CommandError,
+    check_files,
+    check_new_folder,
+    new_files,
+    print_report,
+)
 
 FORMAT = """The file of --data is in a public format or has one JSON object per line; docs/formats.md describes both:
   {"id": "a1", "image": "a.jpg", "question": "Who founded the company in this photo?",
@@ -52,11 +62,15 @@ EXAMPLE = f"""examples:
           edit at the place that an earlier multrace trace found
   multrace edit --data edits.jsonl --where trace --corrupt swap:next --out out/edits
           make all edits of a file in one change, at the place that the mean of their traces shows
+  multrace edit --data edits.jsonl --editor ultraedit --where 4-6 --out out/edit
+          make them by one gradient step over layers 4 to 6, without a search
 
 For one question the command writes OUT/edit.safetensors (to be read by multrace.Delta.load, or multrace answer --edit
-FILE) and OUT/report.json. With --data, OUT is the folder of a run: OUT/traces (with --where trace) holds the trace of
-each record and their average, OUT/records/ID-... the values that the search found, and OUT/summary the edit of all
-records together as edit.safetensors, its report edit.json, and rows.parquet (one row per record). Records that cannot
+FILE) and OUT/report.json; so it does with --data for ultraedit and stableedit, which search for no values and take one
+gradient step for all records. With --data and any other editor, OUT is the folder of a run: OUT/traces (with --where
+trace) holds the trace of each record and their average, OUT/records/ID-... the values that the search found, and
+OUT/summary the edit of all records together as edit.safetensors, its report edit.json, and rows.parquet (one row per
+record). Records that cannot
 be read or edited are kept with their errors while the others go on. The same command again continues an interrupted
 run; --shard and torchrun divide it among processes. The exit code is 0 if every question is answered with its target
 afterwards, 1 if a record failed, could not be read or is answered otherwise, and 2 for bad input.
@@ -72,7 +86,12 @@ class Edit(EditorOptions, RequestOptions):
     """Options of `multrace edit`."""
 
     editor: Annotated[
-        str, Parameter(help="closed-form editor that makes the change", choices=EDITORS, metavar="NAME")
+        str,
+        Parameter(
+            help="closed-form editor that makes the change; ultraedit and stableedit take one gradient step",
+            choices=(*EDITORS, *GRADIENT_EDITORS),
+            metavar="NAME",
+        ),
     ] = "multedit"
     where: Annotated[
         str,
@@ -120,6 +139,11 @@ class Edit(EditorOptions, RequestOptions):
         Path | None, Parameter(help="also write the whole edited model, to this new folder", metavar="DIR")
     ] = None
 
+    @property
+    def is_run(self) -> bool:
+        """Whether the edits are a run, which keeps what the value search finds for each record."""
+        return self.data is not None and self.editor not in GRADIENT_EDITORS
+
 
 EDIT, REPORT = FILES = ("edit.safetensors", "report.json")
 
@@ -140,7 +164,7 @@ class _Plan:
 def run(options: Edit = Edit()) -> int:
     """Make the edit and write it; print the answers before it, with it and after undoing it."""
     plan = _check(options)
-    if options.data is not None and not options.dry_run:
+    if options.is_run and not options.dry_run:
         return _run(options, plan)
     vlm = options.open_model()
     requests, skipped = _requests(options, plan, vlm)
@@ -156,7 +180,7 @@ def run(options: Edit = Edit()) -> int:
         _save_model(vlm, outcome.delta, options.save_model)
     written = [*(options.out / name for name in FILES), *([options.save_model] if options.save_model else [])]
     print("written:", ", ".join(map(str, written)))
-    return NOT_ALL if outcome.missed else 0
+    return NOT_ALL if outcome.missed or skipped else 0
 
 
 def _run(options: Edit, plan: _Plan) -> int:
@@ -196,6 +220,8 @@ def _check(settings: Edit) -> _Plan:
         )
     if settings.trace is not None:
         workflow.load_traces(settings.trace)
+    if settings.editor in GRADIENT_EDITORS:
+        _check_step(settings, place)
     settings.check_request()
     is_traced = place is None and (settings.trace is None or settings.trace_after)
     rows = () if settings.data is None else edit_rows(settings, traced=is_traced)
@@ -209,6 +235,19 @@ def _check(settings: Edit) -> _Plan:
     return _Plan(place=place, trace=trace, rows=rows)
 
 
+def _check_step(settings: Edit, place: workflow.Place | None) -> None:
+    """Raise `CommandError` for options that have no meaning for one gradient step for all requests."""
+    if place is not None and place.token != "last":
+        raise CommandError(
+            f"{settings.editor} edits the tokens of the answers, not {place.token!r}; leave the token out of --where"
+        )
+    if settings.data is not None and (given := settings.given(("shard", "retry_failed", "together"))):
+        raise CommandError(
+            f"{given[0]} belongs to editors that search for values, record by record; {settings.editor} takes one step "
+            "for all records: leave it out"
+        )
+
+
 def _trace(settings: Edit) -> workflow.EditTrace:
     """Return how each question is traced. Raises `TraceError` for a misspelt corruption."""
     corrupt = None if settings.corrupt == NEXT else settings.corrupt
@@ -216,9 +255,10 @@ def _trace(settings: Edit) -> workflow.EditTrace:
     return workflow.EditTrace(corrupt=corrupt, window=settings.window, seed=settings.seed, **where)
 
 
-def _editor(settings: Edit, place: workflow.Place | None) -> editing.ClosedFormEditor:
+def _editor(settings: Edit, place: workflow.Place | None) -> Any:
     """Return the editor at a place; if traces find the place, with a layer and a token that they will replace."""
     if place is None:
+        check_place(settings.editor)
         return make_editor(settings, layer=ANY_LAYER)
     return make_editor(settings, layer=place.layer, token=place.token, spread=place.spread)
 
@@ -228,7 +268,7 @@ def _check_outputs(settings: Edit) -> None:
         if settings.save_model is not None:
             raise CommandError("--dry-run writes nothing; leave out --save-model")
         return
-    check_files(settings.out, FILES if settings.data is None else ())
+    check_files(settings.out, () if settings.is_run else FILES)
     if settings.save_model is not None:
         check_new_folder(settings.save_model)
         if settings.save_model.absolute() == settings.out.absolute():
@@ -278,7 +318,7 @@ def _outcome(
 def _placed(
     settings: Edit,
     place: workflow.Place,
-    editor: editing.ClosedFormEditor,
+    editor: Any,
     vlm: models.VisionLanguageModel,
     requests: Sequence[data.EditRequest],
     moments: editing.Moments | None,
@@ -291,6 +331,9 @@ def _placed(
     for request in requests:
         prompt = vlm.prompt_for(request.question).with_answer(request.target)
         values.key_positions(prompt, place.token)  # says what is wrong with the token before any work
+    if isinstance(editor, editing.GradientEditor):
+        delta = editor.edit(vlm, requests, progress=True)
+        return delta, (replace(place, layer=layer, spread=len(editor.layers)),) * len(requests)
     editor = replace(editor, layer=layer)
     delta = editor.edit(vlm, requests, moments=moments, progress=True)
     return delta, (workflow.Place.of_editor(editor, layer),) * len(requests)

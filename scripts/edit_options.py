@@ -14,11 +14,12 @@ from cyclopts import Parameter
 
 from .. import data, editing, models, tracing, workflow
 from ..data import spans
-from ..editing import solve
+from ..editing import siblings as sibling_room, solve
 from .options import (
     BASELINES,
     EDITOR,
     EDITORS,
+    GRADIENT_EDITORS,
     MOMENT_KINDS,
     PROJECTIONS,
     CommandError,
@@ -27,12 +28,14 @@ from .options import (
     RunOptions,
 )
 
-_PLACE = ("layer", "token", "spread", "where")
-NAMES = (*EDITORS, *BASELINES)
+_PLACE = ("layer", "layers", "token", "spread", "where")
+NAMES = (*EDITORS, *GRADIENT_EDITORS, *BASELINES)
 """Every name that --editor takes."""
 PAPER = "paper"
 OWN_MOMENTS, NO_MOMENTS = "own", "none"
 """What --moments takes in place of a file."""
+_GRADIENT_SPREAD = 2
+"""Number of layers that an editor by one gradient step changes, unless --spread or --where says otherwise."""
 ANY_LAYER = 10**6
 """A layer above those of any model, for editors whose layer is chosen later: any number of layers lies below it."""
 
@@ -87,8 +90,8 @@ class EditorOptions(GeneralOptions):
     spread: Annotated[
         int | None,
         Parameter(
-            help="number of layers that share the change, the last of which is the layer to edit (default: 3 for memit "
-            "and alphaedit, 1 for the others)",
+            help="number of layers that share the change, the last of which is the layer to edit (default: 3 for "
+            "memit and alphaedit, 2 for ultraedit and stableedit, 1 for the others)",
             group=EDITOR,
             metavar="N",
         ),
@@ -97,7 +100,7 @@ class EditorOptions(GeneralOptions):
         int | None,
         Parameter(
             help="maximum number of steps of the value search, or of training with ft, ft-l and lora (default: 200 for "
-            "multedit)",
+            "multedit); ft-bf and lora-bf have a number of epochs instead",
             group=EDITOR,
             metavar="N",
         ),
@@ -105,9 +108,28 @@ class EditorOptions(GeneralOptions):
     learning_rate: Annotated[
         float | None,
         Parameter(
-            help="learning rate of the value search or of the training (default: 0.3 for multedit)",
+            help="learning rate of the value search, of the training, or of the gradient step in place of --step-size "
+            "(default: 0.3 for multedit)",
             group=EDITOR,
             metavar="RATE",
+        ),
+    ] = None
+    step_size: Annotated[
+        float | None,
+        Parameter(
+            help="norm of the change of outputs that ultraedit and stableedit ask for, on average and in sum over the "
+            "layers, as a share of the norm of outputs; without --learning-rate (default: 3.0 for ultraedit)",
+            group=EDITOR,
+            metavar="SHARE",
+        ),
+    ] = None
+    warm_up: Annotated[
+        int | None,
+        Parameter(
+            help="number of edits at the beginning from which ultraedit and stableedit only gather statistics "
+            "(default: 0 for ultraedit)",
+            group=EDITOR,
+            metavar="N",
         ),
     ] = None
     stop_loss: Annotated[
@@ -131,8 +153,8 @@ class EditorOptions(GeneralOptions):
     weight_decay: Annotated[
         float | None,
         Parameter(
-            help="weight of the penalty on the relative norm of the change, or weight decay of ft and ft-l (default: "
-            "0.001 for multedit)",
+            help="weight of the penalty on the relative norm of the change, or weight decay of ft, ft-l and ft-bf "
+            "(default: 0.001 for multedit)",
             group=EDITOR,
             metavar="WEIGHT",
         ),
@@ -149,7 +171,8 @@ class EditorOptions(GeneralOptions):
     ridge_fraction: Annotated[
         float | None,
         Parameter(
-            help="ridge of the least squares, as a share of the mean squared key norm (default: 0.02 for multedit)",
+            help="ridge of the least squares, as a share of the mean squared norm of what kept keys leave of a key "
+            "(default: 0.02 for multedit)",
             group=EDITOR,
             metavar="SHARE",
         ),
@@ -173,10 +196,44 @@ class EditorOptions(GeneralOptions):
     preserve_weight: Annotated[
         float | None,
         Parameter(
-            help="weight of the keys of prompts whose answers must stay; inf for an exact fit (default: inf for "
-            "multedit)",
+            help="weight of the keys of questions whose outputs stay; inf for an exact fit (default: exact where that "
+            "leaves at least half of what each request asks for)",
             group=EDITOR,
             metavar="WEIGHT",
+        ),
+    ] = None
+    ending: Annotated[
+        str | None,
+        Parameter(
+            help="what is asked for after the target: own (what the model says after its present answer), stop (the "
+            "end of sequence) or none (default: own for multedit)",
+            group=EDITOR,
+            choices=("own", "stop", "none"),
+        ),
+    ] = None
+    siblings: Annotated[
+        str | None,
+        Parameter(
+            help="auto keeps the same question about others, and other questions about the same subject, as they are; "
+            "none keeps only what records ask to keep (default: auto for multedit, none for the others)",
+            group=EDITOR,
+            choices=("auto", "none"),
+        ),
+    ] = None
+    sibling_names: Annotated[
+        Path | None,
+        Parameter(
+            help="file with a name of another subject on each line, in place of names that the model gives",
+            group=EDITOR,
+            metavar="FILE",
+        ),
+    ] = None
+    sibling_pictures: Annotated[
+        Path | None,
+        Parameter(
+            help="folder with pictures of other things, about which the same question is kept",
+            group=EDITOR,
+            metavar="FOLDER",
         ),
     ] = None
     moment_weight: Annotated[
@@ -203,12 +260,99 @@ class EditorOptions(GeneralOptions):
             metavar="SHARE",
         ),
     ] = None
+    null_share: Annotated[
+        float | None,
+        Parameter(
+            help="leave as few directions unchanged as hold this share of the second moments, such as 0.99, instead of "
+            "--null-threshold (default: none)",
+            group=EDITOR,
+            metavar="SHARE",
+        ),
+    ] = None
+    null_refresh: Annotated[
+        int | None,
+        Parameter(
+            help="number of edits after which the unchanged directions are chosen anew, with the keys of these edits "
+            "(default: never)",
+            group=EDITOR,
+            metavar="N",
+        ),
+    ] = None
+    earlier_weight: Annotated[
+        float | None,
+        Parameter(
+            help="weight of the keys of earlier edits of a sequence, whose outputs stay; inf for an exact fit "
+            "(default: 1.0 for multedit and alphaedit, none for the others)",
+            group=EDITOR,
+            metavar="WEIGHT",
+        ),
+    ] = None
+    norm_anchor: Annotated[
+        float | Literal["pilot"] | None,
+        Parameter(
+            help="norm that new outputs are scaled to in a long sequence, or pilot for the mean over its first "
+            "--norm-pilot edits (default: none)",
+            group=EDITOR,
+            metavar="NORM|pilot",
+            show_choices=False,
+        ),
+    ] = None
+    norm_pilot: Annotated[
+        int | None,
+        Parameter(
+            help="number of edits that give the norm of --norm-anchor pilot (default: 100)", group=EDITOR, metavar="N"
+        ),
+    ] = None
+    change_limit: Annotated[
+        float | None,
+        Parameter(
+            help="refuse an edit that changes a weight by more than this share of its norm (default: none)",
+            group=EDITOR,
+            metavar="SHARE",
+        ),
+    ] = None
+    growth_limit: Annotated[
+        float | None,
+        Parameter(
+            help="refuse an edit after which the norm of a weight would be more than this multiple of that before the "
+            "first edit, such as 1.5 (default: none)",
+            group=EDITOR,
+            metavar="RATIO",
+        ),
+    ] = None
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that were given, under the names that the editors have for them."""
-        apart = ("editor", "preset", "moments", "spread", *(row.name for row in fields(GeneralOptions)))
+        of_siblings = ("siblings", "sibling_names", "sibling_pictures")
+        apart = ("editor", "preset", "moments", "spread", *of_siblings, *(row.name for row in fields(GeneralOptions)))
         names = [row.name for row in fields(EditorOptions) if row.name not in apart]
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return own | (
+            {} if all(getattr(self, name) is None for name in of_siblings) else {"siblings": self._siblings()}
+        )
+
+    def _siblings(self) -> "sibling_room.Siblings | None":
+        """The siblings that the options name. Raises `CommandError` for a file or folder that cannot be read."""
+        if self.siblings == "none":
+            if self.sibling_names or self.sibling_pictures:
+                raise CommandError("--siblings none keeps none; leave --sibling-names and --sibling-pictures out")
+            return None
+        names: tuple[str, ...] = ()
+        if self.sibling_names is not None:
+            try:
+                lines = self.sibling_names.read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeError) as error:
+                raise CommandError(f"cannot read --sibling-names {str(self.sibling_names)!r}: {error}") from error
+            names = tuple(filter(None, map(str.strip, lines)))
+        pictures: tuple[Path, ...] = ()
+        if self.sibling_pictures is not None:
+            if not self.sibling_pictures.is_dir():
+                raise CommandError(f"--sibling-pictures {str(self.sibling_pictures)!r} is no folder")
+            files = sorted(path for path in self.sibling_pictures.iterdir() if path.is_file())
+            pictures = tuple(path for path in files if data.inspect_picture(path).problem is None)
+            if not pictures:
+                raise CommandError(f"--sibling-pictures {str(self.sibling_pictures)!r} holds no picture")
+        return sibling_room.Siblings(names=names, pictures=pictures)
 
     def check_moments(self, editors: Mapping[str, Any]) -> None:
         """Raises `CommandError` if an editor needs what --moments refuses or none uses it, `EditError` for a bad file.
@@ -230,7 +374,7 @@ class EditorOptions(GeneralOptions):
                 )
             return
         for name, editor in needing.items() if self.moments is not None else ():
-            without = "" if editor.null_threshold is not None else ", or --moment-weight 0 to do without them"
+            without = "" if editor.has_null_space else ", or --moment-weight 0 to do without them"
             raise CommandError(
                 f"{name} weighs old keys by their second moments, and --moments is {NO_MOMENTS}; leave --moments out, "
                 f"so that the model samples texts for them, or pass --moments FILE, made by multrace moments{without}"
@@ -251,6 +395,52 @@ class EditorOptions(GeneralOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ComparedEditorOptions(EditorOptions):
+    """The same with the settings of training that baselines alone have."""
+
+    epochs: Annotated[
+        int | None,
+        Parameter(
+            help="maximum number of passes over the prompts with ft-bf and lora-bf, which take a step for each "
+            "mini-batch (default: 60 for ft-bf)",
+            group=EDITOR,
+            metavar="N",
+        ),
+    ] = None
+    mini_batch: Annotated[
+        int | None,
+        Parameter(
+            help="number of prompts of a mini-batch of ft-bf and lora-bf (default: 64 for ft-bf)",
+            group=EDITOR,
+            metavar="N",
+        ),
+    ] = None
+    held_out: Annotated[
+        float | None,
+        Parameter(
+            help="share of the prompts that ft-bf and lora-bf do not train on but stop early by; these are contexts "
+            "and other questions of the edits, never their own questions (default: 0.1 for ft-bf)",
+            group=EDITOR,
+            metavar="SHARE",
+        ),
+    ] = None
+    patience: Annotated[
+        int | None,
+        Parameter(
+            help="number of epochs without a lower loss of the held-out prompts after which ft-bf and lora-bf stop "
+            "(default: 3 for ft-bf)",
+            group=EDITOR,
+            metavar="N",
+        ),
+    ] = None
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that were given, under the names that the editors and the order of training have."""
+        names = ("epochs", "mini_batch", "held_out", "patience")
+        return super().settings() | {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Baseline:
     """How to make a baseline from the options that all editors share."""
 
@@ -266,11 +456,13 @@ class _Baseline:
 _BASELINES: Mapping[str, _Baseline] = {
     "ft": _Baseline(kind="FineTune", paper="paper", has_layer=True),
     "ft-l": _Baseline(kind="FineTune", preset="constrained", paper="constrained", has_layer=True),
+    "ft-bf": _Baseline(kind="FineTune", preset="breadth_first", paper="locft", has_layer=True),
     "lora": _Baseline(kind="Lora"),
+    "lora-bf": _Baseline(kind="Lora", preset="breadth_first"),
     "in-context": _Baseline(kind="InContext"),
 }
-"""Fine-tuning of one projection, the same within a bound, LoRA in all layers, and the facts in front of the
-question."""
+"""Fine-tuning of projections, the same within a bound, the same in epochs over mini-batches (breadth first, LocFT-BF),
+LoRA in all layers, the same in such epochs, and the facts in front of the question."""
 
 
 def editor(
@@ -289,14 +481,14 @@ def editor(
         layer: The layer that is changed, the last one of several. "lora" adapts all layers unless the settings name
             `layers`, and "in-context" changes none.
         token: The token group or position at which a closed-form editor edits (default "last").
-        spread: The number of layers that share the change of a closed-form editor. None (default) is the number of the
-            editor, or fewer if fewer layers lie below.
+        spread: The number of layers that share the change, or that fine-tuning or a gradient step changes at once. None
+            (default) is the number of the editor, or fewer if fewer layers lie below.
         preset: "paper" for the published constants, which the settings override; None (default) for the defaults of
             the editor.
         settings: Fields of the editor.
 
     Returns:
-        A closed-form editor or a baseline.
+        A closed-form editor, an editor by one gradient step, or a baseline.
 
     Raises:
         CommandError: The name, the preset or a setting is unknown.
@@ -312,20 +504,58 @@ def editor(
         if spread is None:
             spread = min(result.spread, layer + 1) if layer >= 0 else result.spread
         return replace(result, layer=layer, spread=spread, **settings)
+    if name in GRADIENT_EDITORS:
+        kind = solve.GRADIENT_EDITORS[name]
+        _check_settings(name, kind, settings)
+        layers = _gradient_layers(layer, spread)
+        return replace(kind.paper(layers=layers) if preset else kind(layers=layers), **settings)
     if name not in BASELINES:
         raise CommandError(f"no editor {name!r}; pass one of {', '.join(NAMES)}")
     row = _BASELINES[name]
     if preset and row.paper is None:
         raise CommandError(f"{name} has no published constants for the preset {preset!r}; leave the preset out")
     kind = getattr(editing, row.kind)
-    _check_settings(name, kind, settings)
     start = row.paper if preset else row.preset
     result = (getattr(kind, start) if start else kind)(**{"layer": layer} if row.has_layer else {})
+    order: Any = getattr(result, "order", None)
+    of_order = () if order is None else tuple(each.name for each in fields(order))
+    _check_settings(name, kind, settings, of_order)
+    if chosen := {setting: settings.pop(setting) for setting in of_order if setting in settings}:
+        settings["order"] = replace(order, **chosen)
+    if row.has_layer and spread is not None and spread > 1:
+        settings |= {"layer": None, "layers": _layers(layer, spread)}
     return replace(result, **settings)
 
 
-def _check_settings(name: str, kind: type, settings: Mapping[str, Any]) -> None:
-    known = [row.name for row in fields(kind) if row.name not in _PLACE]
+def _gradient_layers(layer: int, spread: int | None) -> tuple[int, ...]:
+    """The layers that a gradient step changes, the last of which is `layer`."""
+    if spread is None:
+        spread = min(_GRADIENT_SPREAD, layer + 1) if layer >= 0 else _GRADIENT_SPREAD
+    if spread < 1 or 0 <= layer < spread - 1:
+        raise CommandError(f"{spread} layers up to layer {layer} do not exist; pass another --spread or --where")
+    return tuple(range(layer - spread + 1, layer + 1))
+
+
+def check_place(name: str) -> None:
+    """Raise `CommandError` for an editor that cannot be placed by traces, which find one layer and one token."""
+    if name in GRADIENT_EDITORS:
+        raise CommandError(
+            f"{name} changes the layers that are named, at the tokens of the answers, and no trace chooses these; pass "
+            "--where LAYER or --where FIRST-LAST"
+        )
+
+
+def _layers(last: int, count: int) -> tuple[int, ...]:
+    """Return so many layers up to the last. Raises `CommandError` if there are fewer."""
+    if 0 <= last < count - 1:
+        raise CommandError(f"{count} layers up to layer {last} are more than there are; pass at most {last + 1}")
+    return tuple(range(last - count + 1, last + 1))
+
+
+def _check_settings(name: str, kind: type, settings: Mapping[str, Any], of_order: Sequence[str] = ()) -> None:
+    """Raise `CommandError` for an unknown setting. of_order: the settings of the order of a training, if it has one."""
+    apart = (*_PLACE, "order", *(("steps",) if of_order else ()))
+    known = [*(row.name for row in fields(kind) if row.name not in apart), *of_order]
     if unknown := [setting for setting in settings if setting not in known]:
         raise CommandError(f"{name} has no setting {unknown[0]!r}; leave it out, or pass one of {', '.join(known)}")
 
@@ -513,6 +743,35 @@ def _prompt(
     text = options.question if question is None else question
     is_said = options.constraint is not None and spans.says_once(text, options.constraint)
     return vlm.prompt(image, text, constraint=options.constraint if is_said else None).as_question()
+
+
+def read_texts(path: Path) -> tuple[str, ...]:
+    """Return the lines of a file that are not empty. Raises `CommandError` if it cannot be read or has none."""
+    try:
+        texts = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(f"cannot read {str(path)!r}: {error}; pass a text file in UTF-8") from error
+    if not texts:
+        raise CommandError(f"{str(path)!r} has no text; write one per line")
+    return texts
+
+
+def read_cloze(path: Path) -> "tuple[data.Question, ...]":
+    """Return the questions of a file whose answers are known; those of edits are taken with their present answers.
+
+    Raises `CommandError` for the first row that cannot be used, and if no answer is known.
+    """
+    records: list[data.EditRecord | data.Question] = []
+    for row, record in data.read_data(path):
+        if isinstance(record, data.DataError):
+            raise CommandError(f"row {row} of {str(path)!r}: {record}; multrace data check lists all such rows")
+        records.append(record)
+    asked = [record for record in records if isinstance(record, data.Question) and record.answer]
+    edits = [record for record in records if isinstance(record, data.EditRecord)]
+    questions = (*asked, *editing.cloze_questions(edits))
+    if not questions:
+        raise CommandError(f"{str(path)!r} has no question with a known answer; write 'answer' into its lines")
+    return questions
 
 
 def read_general(path: Path, *, format: str | None = None, images: Path | None = None) -> "tuple[data.Question, ...]":

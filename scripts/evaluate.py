@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -12,8 +12,17 @@ from cyclopts import App, Parameter
 
 from .. import data, editing, tracing, workflow
 from .edit import TRACE
-from .edit_options import NAMES, EditorOptions, editor as editor_of, parse_place, read_general
-from .options import SEQUENCE_LENGTHS, SPLITS, CommandError, RunOptions, print_report
+from .edit_options import (
+    NAMES,
+    ComparedEditorOptions,
+    check_place,
+    editor as editor_of,
+    parse_place,
+    read_cloze,
+    read_general,
+    read_texts,
+)
+from .options import EDITORS, GRADIENT_EDITORS, SEQUENCE_LENGTHS, SPLITS, CommandError, RunOptions, print_report
 
 EXAMPLE = """examples:
   multrace evaluate --model DIR --data records.jsonl --editor multedit ft --where 5:last --out out/eval
@@ -26,6 +35,9 @@ EXAMPLE = """examples:
           each edit at the layer and token that its own trace names
   multrace evaluate --world outdated --limit 100 --mode sequence --where 5:last --out out/sequence
           each edit on top of the earlier ones, measured after 1, 10, 20, 30 and 100
+  multrace evaluate --data counterfact.json --mode sequence --per-step 100 --perplexity 32 --cloze facts.jsonl \\
+                    --where 5:last --out out/steps
+          a hundred edits per step, and what becomes of the model's own texts and of facts that no edit touches
 
 OUT/EDITOR is the folder of a run: records/ID-.../evaluation.json is the report on one record, and summary/ holds
 evaluation.json (to be read by multrace.editing.EditReport.load), generations.jsonl (every question with both raw
@@ -43,11 +55,11 @@ _NAMED = 3
 """Maximum number of pairs of rows that a note names."""
 _OF_WORLD = ("part", "probes", "contexts", "by_name", "keep")
 _OF_DATA = ("format", "images")
-_OF_SEQUENCE = ("at", "growth", "stop")
+_OF_SEQUENCE = ("at", "per_step", "growth", "stop")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(RunOptions, EditorOptions):
+class Evaluate(RunOptions, ComparedEditorOptions):
     """Options of `multrace evaluate`."""
 
     world: Annotated[
@@ -104,6 +116,9 @@ class Evaluate(RunOptions, EditorOptions):
             metavar="N",
         ),
     ] = SEQUENCE_LENGTHS
+    per_step: Annotated[
+        int, Parameter(help="sequence: number of edits that are made together in one step", metavar="N")
+    ] = 1
     growth: Annotated[
         float,
         Parameter(help="sequence: warn once the norm of an edited weight has grown by this share", metavar="SHARE"),
@@ -119,15 +134,37 @@ class Evaluate(RunOptions, EditorOptions):
             metavar="FILE",
         ),
     ] = None
+    perplexity: Annotated[
+        int,
+        Parameter(
+            help="number of texts that the unedited model samples, whose perplexity is measured before and after; 0 "
+            "for none",
+            metavar="N",
+        ),
+    ] = 0
+    texts: Annotated[
+        Path | None,
+        Parameter(help="file of texts whose perplexity is measured too, one per line (default: none)", metavar="FILE"),
+    ] = None
+    cloze: Annotated[
+        Path | None,
+        Parameter(
+            help="facts that no edit touches, which are asked in every mode if the unedited model knows them: a file "
+            "with question and answer per line, or of records that are not edited (default: none)",
+            metavar="FILE",
+        ),
+    ] = None
     free_only: Annotated[
         bool, Parameter(help="measure free generation only, without teacher forcing, which about halves the time")
     ] = False
-    max_new_tokens: Annotated[int, Parameter(help="maximum number of tokens of an answer", metavar="N")] = 16
+    max_new_tokens: Annotated[
+        int, Parameter(help="maximum number of tokens of an answer, which ends where the model ends it", metavar="N")
+    ] = 32
     fluency_tokens: Annotated[
         int, Parameter(help="length in tokens of the answers whose fluency is measured; 0 skips fluency", metavar="N")
     ] = 0
     batch_size: Annotated[int, Parameter(help="number of questions answered together", metavar="N")] = 32
-    seed: Annotated[int, Parameter(help="random seed of the bootstrap", metavar="N")] = 0
+    seed: Annotated[int, Parameter(help="random seed of the bootstrap and of sampled texts", metavar="N")] = 0
     out: Annotated[Path, Parameter(help="folder for the results", metavar="DIR")] = Path("out/eval")
 
     @property
@@ -137,6 +174,7 @@ class Evaluate(RunOptions, EditorOptions):
             forced=not self.free_only,
             max_new_tokens=self.max_new_tokens,
             fluency_tokens=self.fluency_tokens,
+            perplexity_texts=self.perplexity,
             seed=self.seed,
         )
 
@@ -155,6 +193,8 @@ class Evaluate(RunOptions, EditorOptions):
                 raise CommandError(f"--{name} is {getattr(self, name)}; pass at least {least}")
         if min(self.at) < 1:
             raise CommandError(f"--at is {min(self.at)}; pass numbers of edits, at least 1")
+        if self.per_step < 1:
+            raise CommandError(f"--per-step is {self.per_step}; pass at least 1")
         if self.mode == SEQUENCE and self.general is not None:
             raise CommandError("--general belongs to the modes single and batch; leave it out of a sequence")
         others = (
@@ -179,6 +219,8 @@ class _Plan:
     corruptions: Mapping[str, tracing.Corruption]
     """Key of a question -> what a trace puts in place of its picture; empty if there is a place."""
     general: tuple[data.Question, ...] = ()
+    texts: tuple[str, ...] = ()
+    cloze: tuple[data.Question, ...] = ()
 
 
 @app.default
@@ -193,6 +235,8 @@ def run(options: Evaluate) -> int:
         print(f"{name}, {options.mode}")
         analysis, out = _analysis(options, plan, name), options.out / name
         codes.append(print_report(workflow.run(options.model_to_load(), analysis, plan.rows, out, **options.share)))
+        if (cost := workflow.read_cost(out)) is not None:
+            print(f"measured here: {cost}")
     return max(codes)
 
 
@@ -202,19 +246,23 @@ def _analysis(options: Evaluate, plan: _Plan, name: str) -> workflow.Analysis:
         "editor": _editor(options, name, plan.place),
         "moments": options.moments_file,
         "general": plan.general,
+        "texts": plan.texts,
+        "cloze": plan.cloze,
         "evaluation": options.measured,
         "batch_size": options.batch_size,
         "trace": workflow.PlaceTrace(corruptions=plan.corruptions) if plan.place is None else None,
     }
     if options.mode == SEQUENCE:
-        way = {"at": options.at, "growth": options.growth, "stop": options.stop}
+        way = {"at": options.at, "per_step": options.per_step, "growth": options.growth, "stop": options.stop}
         return workflow.EvaluateSequenceRun(**given, **way)
     return (workflow.EvaluateBatchRun if options.mode == BATCH else workflow.EvaluateRun)(**given)
 
 
 def _editor(options: Evaluate, name: str, place: workflow.Place | None) -> Any:
     """Return the editor at a place; without one it gets a place that a trace will replace."""
-    at = {"layer": -1, "token": "last", "spread": options.spread}
+    if place is None:
+        check_place(name)
+    at = {"layer": -1, "token": "last", "spread": options.spread if name in (*EDITORS, *GRADIENT_EDITORS) else None}
     if place is not None:
         spread = options.spread if place.spread is None else place.spread
         at = {"layer": place.layer, "token": place.token, "spread": spread}
@@ -227,9 +275,13 @@ def _plan(options: Evaluate, place: workflow.Place | None) -> _Plan:
     if kind == _WORLD and (options.world is None or (count and not count.isdecimal())):
         raise CommandError(f"--general {options.general}: write world or world:100, together with --world")
     general = () if options.general is None or kind == _WORLD else read_general(Path(options.general))
+    extra = {
+        "texts": () if options.texts is None else read_texts(options.texts),
+        "cloze": () if options.cloze is None else read_cloze(options.cloze),
+    }
     if options.world is not None:
         facts = (int(count) if count else None) if kind == _WORLD else 0
-        return _of_world(options, place, general, facts)
+        return replace(_of_world(options, place, general, facts), **extra)
     assert options.data is not None, "a check before says that there is a file"
     rows = tuple(data.read_data(options.data, format=options.format, images=options.images))
     if place is None:  # from all records of the file, so that a limit or a shard changes no trace
@@ -239,7 +291,7 @@ def _plan(options: Evaluate, place: workflow.Place | None) -> _Plan:
         corruptions = {}
     few = rows[: options.limit]
     _note_contradictions(options, few)
-    return _Plan(rows=few, place=place, corruptions=corruptions, general=general)
+    return _Plan(rows=few, place=place, corruptions=corruptions, general=general, **extra)
 
 
 def _note_contradictions(options: Evaluate, rows: Sequence[tuple[int, Any]]) -> None:

@@ -51,7 +51,9 @@ PROJECTIONS = ("mlp", "attention")
 MOMENT_KINDS = ("all", "image", "question", "template", "text")
 EDITORS = ("multedit", "rome", "memit", "emmet", "alphaedit")
 """Closed-form editors."""
-BASELINES = ("ft", "ft-l", "lora", "in-context")
+GRADIENT_EDITORS = ("ultraedit", "stableedit")
+"""Editors by one gradient step."""
+BASELINES = ("ft", "ft-l", "ft-bf", "lora", "lora-bf", "in-context")
 SEQUENCE_LENGTHS = (1, 10, 20, 30, 100, 200, 300, 500, 1000)
 """Numbers of edits after which a sequence is measured by default."""
 SPLITS = ("outdated", "long_tail")

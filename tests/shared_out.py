@@ -123,7 +123,7 @@ def everything(
             found[f"logits beside {projection}"] = vlm.logits(prompt)
     found["digest at the end"] = vlm.weights_digest(progress=False)
     found["merged"] = save_merged(vlm, given["mlp"], folder / "merged", dtype=torch.float64)
-    found["adapter"] = to_peft(vlm, given["mlp"], folder / "adapter")
+    found["adapter"] = to_peft(vlm, given["mlp"], folder / "adapter").folder
     found["errors"] = _errors(rank, folder, vlm, path, gpt2)
     found["logits without sums"] = _without_sums(vlm, rank).logits(prompt)
     found["keys of transformers' own plan"] = _own_keys(path, prompt.inputs)

@@ -161,7 +161,7 @@ def test_searches_that_differ_are_refused(subject: Subject):
     change, _ = usual_search(vlm, goal.prompts[0], how=settings, **where)
     again, _ = usual_search(vlm, goal.prompts[0], how=settings, **where)
     assert apart(again, change, tolerance=1e-2, label="values") < 1e-6
-    for other in (replace(settings, learning_rate=0.07), replace(settings, end_of_answer=False, weight_decay=5e4)):
+    for other in (replace(settings, learning_rate=0.07), replace(settings, ending="none", weight_decay=5e4)):
         wrong, _ = usual_search(vlm, goal.prompts[0], how=other, **where)
         with pytest.raises(CommandError, match="values: ours and the usual way differ by .* there is no ratio"):
             apart(wrong, change, tolerance=1e-2, label="values")

@@ -28,7 +28,7 @@ from multrace.scripts import (
     variants,
 )
 from multrace.scripts.main import app
-from multrace.scripts.options import BASELINES
+from multrace.scripts.options import BASELINES, GRADIENT_EDITORS
 from multrace.workflow import Place
 
 pytestmark = pytest.mark.usefixtures("unproven", "load_once")
@@ -169,7 +169,7 @@ def test_a_dry_run_writes_nothing_and_tells_what_would_change(
     assert sorted(desk.folder.rglob("*")) == before
     assert f"{flips} of 1 answers that should stay would change" in printed
     assert printed.count("would change from") == flips
-    assert "% of the norm of model.language_model.layers.0.mlp.down_proj.weight (rank 3)" in printed
+    assert "% of the norm of model.language_model.layers.0.mlp.down_proj.weight (rank 2)" in printed
     assert "this was a dry run" in printed
 
 
@@ -300,8 +300,12 @@ def test_layers_share_the_work_and_old_keys_are_weighed(
     prompts = [desk.prompt(tiny_vlm, index) for index in range(3)]
     path = second_moments(tiny_vlm, prompts, layers=(4, 5)).save(desk.folder / "moments.safetensors")
     asked = {"editor": "memit", "moments": str(path), "ridge_fraction": "0.01", "moment_weight": "5", **QUICK}
-    assert app(desk.asked(where="4-5", **asked)) == 1  # too few steps
+    streams = {"earlier_weight": "1", "norm_anchor": "pilot", "norm_pilot": "7", "growth_limit": "2"}
+    streams |= {"null_share": "0.5", "null_refresh": "9", "change_limit": "1e3"}
+    assert app(desk.asked(where="4-5", **asked, **streams)) == 1  # too few steps
     delta = mt.Delta.load(desk.out / "edit.safetensors")
+    given = {name: delta.settings[name] for name in streams}
+    assert given == {**streams, "earlier_weight": "1.0", "growth_limit": "2.0", "change_limit": "1000.0"}
     assert [*delta.changes] == [tiny_vlm.down_projection(layer).name for layer in (4, 5)]
     assert {name: delta.settings[name] for name in ("editor", "spread", "moment_weight", "steps")} == {
         "editor": "MEMIT",
@@ -347,11 +351,30 @@ def test_a_trace_made_before_says_where(desk: Desk, tiny_vlm: VisionLanguageMode
 
 # ---- bad input: one line, exit code 2, nothing left behind ----
 
+
+def test_a_file_of_edits_is_one_gradient_step(desk: Desk, tiny_vlm: VisionLanguageModel, capsys: pytest.CaptureFixture):
+    step = {"editor": "ultraedit", "where": "5-6"}
+    bad = {"id": "bad", "image": "missing.png", "question": "Who?", "target": "Pruro"}
+    assert app(desk.all([*desk.rows, bad], **step)) == 1
+    assert "missing.png" in capsys.readouterr().out
+    delta = mt.Delta.load(desk.out / "edit.safetensors")
+    assert [*delta.changes] == [tiny_vlm.down_projection(layer).name for layer in (5, 6)]
+    assert len(desk.report()["requests"]) == len(delta.requests) == len(desk.rows)
+    assert desk.report()["undone_bit_for_bit"]
+    with delta.applied(tiny_vlm):
+        said = tiny_vlm.answers([desk.prompt(tiny_vlm, index) for index in range(len(desk.rows))])
+    assert [each["answers"]["with the edit"] for each in desk.report()["requests"]] == list(said)
+    assert app(desk.all(retry_failed=[], **step)) == 2
+    assert "--retry-failed belongs to editors that search for values" in capsys.readouterr().err
+
+
 BAD: dict[str, tuple[dict[str, object], str]] = {  # name: changed options, what the line must say
     "layer that is not there": ({"where": "40"}, "cannot edit at --where 40: no layer 40 in"),
     "range from above": ({"where": "5-3"}, "no place '5-3'"),
     "two numbers of layers": ({"where": "4-5", "spread": "3"}, "--where 4-5 and --spread 3 disagree"),
     "unknown token": ({"where": "5:nowhere"}, "cannot edit at token 'nowhere'"),
+    "gradient step by a trace": ({"editor": "ultraedit", "where": "trace"}, "pass --where LAYER or --where FIRST-LAST"),
+    "gradient step at a token": ({"editor": "ultraedit", "where": "5:constraint_last"}, "not 'constraint_last'"),
     "no moments": ({"editor": "rome", "moments": "none"}, "--moments is none; leave --moments out"),
     "moments of nothing": ({"moments": "{folder}/0.png"}, "is not a readable safetensors file"),
     "nothing to trace under": ({"where": "trace"}, "needs --corrupt"),
@@ -387,8 +410,9 @@ def test_bad_input_is_one_line(changes: dict[str, object], message: str, desk: D
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_editor_has_a_name_and_sessions(name: str, desk: Desk, tiny_vlm: VisionLanguageModel):
-    settings = {"in-context": {}}.get(name, {"steps": 1})
+    settings = {"in-context": {}, "ft-bf": {"epochs": 1}, "lora-bf": {"epochs": 1}}.get(name, {"steps": 1})
     settings |= {} if name in BASELINES else {"moment_weight": 0.0, "null_threshold": None, "ridge_fraction": 0.1}
+    settings = {"step_size": 2.0, "ridge_fraction": 0.1} if name in GRADIENT_EDITORS else settings
     made = editor(name, layer=5, **settings)
     request = mt.EditRequest(question=desk.prompt(tiny_vlm, 0), target=desk.rows[0]["target"])
     with made.start(tiny_vlm) as session:
@@ -405,6 +429,16 @@ def test_spread_is_the_editors_own_as_far_as_there_are_layers():
     assert editor("multedit", layer=7).spread == 1
 
 
+def test_a_gradient_step_changes_the_layers_up_to_the_one_that_is_named():
+    assert [editor("ultraedit", layer=layer).layers for layer in (7, 0, -1)] == [(6, 7), (0,), (-2, -1)]
+    assert editor("stableedit", layer=6, spread=3, step_size=1.0, warm_up=2) == mt.editing.StableEdit(
+        layers=(4, 5, 6), step_size=1.0, warm_up=2
+    )
+    assert editor("ultraedit", layer=6, preset="paper") == mt.editing.UltraEdit.paper(layers=(5, 6))
+    with pytest.raises(CommandError, match="3 layers up to layer 1 do not exist"):
+        editor("ultraedit", layer=1, spread=3)
+
+
 def test_a_preset_is_what_was_published_and_settings_go_over_it():
     paper = editor("multedit", layer=2, preset="paper")
     assert (paper, paper.clamp, paper.ridge) == (mt.MultEdit.paper(layer=2, token="last"), 1e-4, 0.01)
@@ -412,6 +446,26 @@ def test_a_preset_is_what_was_published_and_settings_go_over_it():
     assert editor("ft", layer=1, preset="paper").learning_rate == 5e-4
     assert editor("ft", layer=1, projection="attention").projection == "attention"
     assert editor("ft", layer=1, projection="mlp").projection == "mlp"
+
+
+def test_baselines_train_breadth_first_by_name():
+    made = editor("ft-bf", layer=5, epochs=3, held_out=0.0, learning_rate=1e-3)
+    order = mt.editing.BreadthFirst(epochs=3, held_out=0.0)
+    assert made == mt.editing.FineTune.breadth_first(layer=5, learning_rate=1e-3, order=order)
+    assert editor("ft-bf", layer=5, preset="paper", mini_batch=8) == replace(
+        mt.editing.FineTune.locft(layer=5), order=mt.editing.BreadthFirst(epochs=25, mini_batch=8, held_out=0.0)
+    )
+    assert editor("lora-bf", layer=5, patience=1).order == mt.editing.BreadthFirst(patience=1)
+
+
+@pytest.mark.parametrize("name", ["ft", "ft-l", "ft-bf"])
+def test_fine_tuning_trains_the_layers_of_a_range(name: str):
+    made = editor(name, layer=6, spread=2)
+    assert (made.layer, made.layers) == (None, (5, 6))
+    assert editor(name, layer=-1, spread=2).layers == (-2, -1)
+    assert editor(name, layer=6, spread=1) == editor(name, layer=6)
+    with pytest.raises(CommandError, match="3 layers up to layer 1 are more than there are; pass at most 2"):
+        editor(name, layer=1, spread=3)
 
 
 WRONG: dict[str, tuple[Callable[[], object], str]] = {
@@ -422,6 +476,11 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         lambda: editor("lora", layer=1, clamp=4.0),
         "lora has no setting 'clamp'; leave it out, or pass one of steps",
     ),
+    "steps of epochs": (
+        lambda: editor("ft-bf", layer=1, steps=4),
+        "ft-bf has no setting 'steps'; leave it out, or pass one of learning_rate.*epochs, mini_batch, held_out",
+    ),
+    "epochs of steps": (lambda: editor("ft", layer=1, epochs=4), "ft has no setting 'epochs'"),
     "setting of all": (
         lambda: editor("rome", layer=1, rank=4),
         "rome has no setting 'rank'; leave it out, or pass one of learning_rate",

@@ -18,7 +18,9 @@ from multrace.scripts import (
     CommandError,
     RequestOptions,
     edit_rows,
+    read_cloze,
     read_general,
+    read_texts,
 )
 from multrace.scripts.main import parse
 from multrace.tracing import EditSite, SwapImage, causal_trace
@@ -114,6 +116,33 @@ def test_the_world_in_sequence(tmp_path, capsys):
     assert "norm growth" in capsys.readouterr().out
 
 
+def test_a_sequence_in_steps_with_texts_and_untouched_facts(write, tmp_path, capsys):
+    cloze = write({"question": "Who?", "answer": "nobody"}, {"question": "Why?", "target": "Ada", "old": "Bo"})
+    out, texts = tmp_path / "out", tmp_path / "texts.txt"
+    texts.write_text("Namo Fludez\n\nsilent harbour\n")
+    arguments = ("--world", "outdated", "--limit", "3", "--where", "5", "--mode", "sequence", "--free-only")
+    more = ("--per-step", "2", "--perplexity", "2", "--texts", texts, "--cloze", cloze, "--steps", "4", "--probes", "1")
+    assert run(*arguments, *more, "--at", "1", "--out", out) == 0
+    report = EditReport.load(out / "multedit" / "summary" / "evaluation.json")
+    assert (report.step, [point.edits for point in report.curve.points]) == (2, [2, 3])
+    kinds = [row.kind for row in report.rows]
+    assert (kinds.count("own_text"), kinds.count("given_text"), kinds.count("cloze")) == (2, 2, 0)  # it knows neither
+    assert re.search(r"measured here: [\d.e-]+ s per edit, peak memory \+\d+ MiB, on cpu", capsys.readouterr().out)
+
+
+def test_files_of_texts_and_facts(write, tmp_path):
+    assert [(each.text, each.answer) for each in read_cloze(write({"question": "Why?", "target": "Ada", "old": "Bo"}))]
+    with pytest.raises(CommandError, match="no question with a known answer"):
+        read_cloze(write({"question": "Who?"}))
+    with pytest.raises(CommandError, match="row 1 of .*"):
+        read_cloze(write("{"))
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(CommandError, match="has no text; write one per line"):
+        read_texts(tmp_path / "empty.txt")
+    with pytest.raises(CommandError, match="cannot read"):
+        read_texts(tmp_path / "gone.txt")
+
+
 def test_each_edit_of_the_world_where_its_own_trace_says(tiny_vlm, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ("--world", "outdated", "--limit", "2", "--where", "trace", "--free-only", "--probes", "1")
@@ -141,6 +170,8 @@ def test_each_request_is_edited_at_its_own_place(tiny_vlm):
         editor = analysis.editor_at(site)
         assert (editor.place, editor.spread) == ((layer, "last"), spread)
     assert replace(analysis, editor=FineTune(layer=0)).editor_at(site).layer == 6
+    several = FineTune(layers=(0, 1))  # which keep their places, as the adapters of LoRA do
+    assert replace(analysis, editor=several).editor_at(site) == several
     assert replace(analysis, editor=InContext()).editor_at(site) == InContext()
 
 
@@ -205,6 +236,9 @@ BAD_OPTIONS = {
     "probes of a file": (["--data", "x.jsonl", "--probes", "3"], "--probes belongs to --world"),
     "pictures of the world": (["--world", "outdated", "--images", "x"], "--images belongs to --data"),
     "growth of single edits": (["--world", "outdated", "--growth", "0.2"], "--growth belongs to --mode sequence"),
+    "steps of single edits": (["--world", "outdated", "--per-step", "5"], "--per-step belongs to --mode sequence"),
+    "steps of none": (["--world", "outdated", "--mode", "sequence", "--per-step", "0"], "--per-step is 0"),
+    "no texts": (["--world", "outdated", "--texts", "gone.txt"], "cannot read .gone.txt"),
     "no such file": (["--data", "gone.jsonl"], "cannot read .gone.jsonl"),
     "facts of no world": (["--world", "outdated", "--general", "world:many"], "write world or world:100"),
     "general in a sequence": (["--world", "outdated", "--general", "world", "--mode", "sequence"], "--general"),

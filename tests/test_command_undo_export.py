@@ -1,6 +1,7 @@
 """`multrace undo` and `multrace export`: what they write, and one line for whatever cannot be done."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from multrace.editing.changes import History, load_edit, save_merged
 from multrace.models import VisionLanguageModel, load
 from multrace.scripts import CommandError
 from multrace.scripts.main import parse
+from safetensors.torch import load_file
 
 Run = Callable[..., int]
 pytestmark = [
@@ -113,6 +115,40 @@ def test_export_writes_checks_and_says_so(multrace, edit, tmp_path, capsys, tiny
     assert sorted(file.name for file in adapter.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_is_cut_to_a_rank_and_says_how_to_serve_it(multrace, tmp_path, capsys, dtype):
+    pytest.importorskip("peft", reason="the extra `peft` is not installed")
+    path = made(load(tiny_vlm_path(), dtype=dtype, verify=False)).save(tmp_path / "edit.safetensors")
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    given = ["export", "--edit", path, "--dtype", dtype, "--serve-dtype", "bfloat16"]
+    assert multrace(*given, "--peft", cut, "--rank", 2) == 0
+    said = capsys.readouterr().out
+    assert "rank 2 of 3; rank 3 would lose nothing; cut in the metric of the edit's keys" in said
+    assert said.count("kept by the cut") == 3 and "the cut takes most from " in said
+    assert "rounded to bfloat16, logits move by at most" in said and "beside the whole edit: " in said
+    assert said.splitlines()[-1].endswith(f"--enable-lora --max-lora-rank 8 --lora-modules cut={cut}")
+    assert multrace(*given, "--peft", whole) == 0
+    said = capsys.readouterr().out
+    assert "by the cut" not in said and "beside the whole edit" not in said and "--max-lora-rank 8" in said
+    shapes = {
+        folder: {min(tensor.shape) for tensor in load_file(folder / "adapter_model.safetensors").values()}
+        for folder in (cut, whole)
+    }
+    assert shapes == {cut: {2}, whole: {3}}
+
+
+def test_an_export_that_does_not_survive_serving_is_an_error(multrace, edit, tmp_path, monkeypatch):
+    compare = editing.verify_export
+
+    def broken(*given, **named):
+        found = compare(*given, **named)
+        return replace(found, cast=replace(found.cast, answers=tuple((one, "other") for one, _ in found.cast.answers)))
+
+    monkeypatch.setattr(editing, "verify_export", broken)
+    with pytest.raises(CommandError, match="not in the precision of --serve-dtype: .*0 of 3 answers stay"):
+        multrace("export", "--edit", edit, "--merged", tmp_path / "merged", "--serve-dtype", "bfloat16")
+
+
 def test_a_history_is_exported_as_one_model(multrace, history, tmp_path, tiny_vlm):
     merged = tmp_path / "merged"
     assert multrace("export", "--edit", history, "--merged", merged, "--question", "What is number 1?") == 0
@@ -133,6 +169,8 @@ BAD = {
     "nothing to write": (["export", "--edit", "EDIT"], "--peft DIR, --merged DIR"),
     "one folder for two": (["export", "--edit", "EDIT", "--peft", "x", "--merged", "x"], "choose two folders"),
     "a folder in use": (["export", "--edit", "EDIT", "--merged", "USED"], "is not empty"),
+    "a rank of a merged model": (["export", "--edit", "EDIT", "--merged", "x", "--rank", "4"], "pass --peft DIR"),
+    "a rank of nothing": (["export", "--edit", "EDIT", "--peft", "x", "--rank", "0"], "a number from 1"),
     "a picture without a question": (["export", "--edit", "EDIT", "--merged", "x", "--image", "p"], "needs --question"),
     "another model": (["export", "--edit", "EDIT", "--model", "GPT2", "--merged", "x"], "does not fit"),
 }
@@ -188,7 +226,9 @@ def test_an_export_is_compared_with_the_picture_that_was_edited(
     path = delta.save(tmp_path / "edit.safetensors")
     asked = []
     compare = editing.verify_export
-    monkeypatch.setattr(editing, "verify_export", lambda *given: asked.extend(given[-1]) or compare(*given))
+    monkeypatch.setattr(
+        editing, "verify_export", lambda *given, **named: asked.extend(given[-1]) or compare(*given, **named)
+    )
     assert multrace("export", "--edit", path, "--merged", tmp_path / "one") == 0
     assert len(asked[0].images) == 1 and "without their pictures" not in capsys.readouterr().out
     (tmp_path / "photo.png").unlink()

@@ -283,7 +283,7 @@ def test_settings_are_chosen_with_the_halves_the_other_way_round(flag_world, fla
     stays = {probe.question.id for probe in record.probes if probe.stays}
     assert stays and stays <= {"fr-capital", "jp-capital", "de-capital", "au-language", "it-language"}
     editor = FlagEdits(ridge_fraction=0.5).editor(layer=2, token="last")
-    assert (editor.layer, editor.token, editor.ridge_fraction, editor.end_of_answer) == (2, "last", 0.5, False)
+    assert (editor.layer, editor.token, editor.ridge_fraction, editor.ending) == (2, "last", 0.5, "none")
 
 
 def test_settings_are_compared_on_one_half_and_reported_on_the_other(tiny_vlm, capsys, monkeypatch):

@@ -89,7 +89,7 @@ def test_keys_are_averaged_over_the_variants(random_llava, photo):
     alone = [keys_and_values(random_llava, [each], layer=1, token="last")[0] for each in prompts]
     torch.testing.assert_close(together, torch.stack(alone).mean(0), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(together, alone[0], rtol=1e-2, atol=1e-3)
-    (change,) = MultEdit(layer=1, steps=1).edit(random_llava, [request]).changes.values()
+    (change,) = MultEdit(layer=1, steps=1, ending="stop").edit(random_llava, [request]).changes.values()
     torch.testing.assert_close(change.keys, together, rtol=1e-4, atol=1e-5)
 
 

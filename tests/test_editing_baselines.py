@@ -12,7 +12,7 @@ from multrace import EditRequest
 from multrace.data import World, tiny_vlm_path
 from multrace.editing import EditError
 from multrace.editing.baselines import FineTune, InContext, Lora
-from multrace.editing.baselines.training import AnswerBatches
+from multrace.editing.baselines.answer_batches import AnswerBatches
 from multrace.editing.changes import to_peft
 from multrace.editing.requests import edited_questions
 from multrace.models import Prompt, VisionLanguageModel
@@ -109,14 +109,16 @@ def test_the_losses_are_those_of_the_prompts_one_by_one(tiny_vlm, editor):
 
 
 def test_batches_beyond_the_limit_are_made_again_and_are_the_same(tiny_vlm):
-    requests, settings = requests_of(tiny_vlm), replace(TUNE, batch_size=2)
-    size = next(iter(AnswerBatches(tiny_vlm, requests, settings))).mib
-    first = [*AnswerBatches(tiny_vlm, requests, settings)]
-    for limit, held in ((512, 3), (1.5 * size, 1), (0, 0)):
-        batches = AnswerBatches(tiny_vlm, requests, settings, held_mib=limit)
-        passes = [[*batches] for _ in range(2)]
-        assert [one is other for one, other in zip(*passes, strict=True)] == [place < held for place in range(3)]
+    requests, rows = requests_of(tiny_vlm), torch.tensor([4, 0, 1, 2, 3, 5])
+    whole = AnswerBatches(tiny_vlm, requests, batch_size=2)
+    first = [*whole.of(rows)]
+    size = sum(value.nbytes for value in whole.held[4].inputs.values()) / 2**20
+    for limit, held in ((512, {*range(6)}), (1.01 * size, {2, 4, 5}), (0, set())):  # 2 and 5 have no pictures
+        batches = AnswerBatches(tiny_vlm, requests, batch_size=2, held_mib=limit)
+        passes = [[*batches.of(rows)] for _ in range(2)]
+        assert {*batches.held} == held
         for one, other in zip(first, passes[1], strict=True):
+            assert torch.equal(one.rows, other.rows)
             assert torch.equal(one.labels, other.labels) and one.inputs.keys() == other.inputs.keys()
             assert all(torch.equal(value, other.inputs[name]) for name, value in one.inputs.items())
     assert batches.owners.tolist() == [0, 0, 0, 1, 1, 1]
@@ -202,7 +204,7 @@ def test_the_saved_adapter_opened_by_peft_is_the_change(request, tmp_path, name)
     before = vlm.logits(prompt).detach()
     with change.applied(vlm):
         wanted = vlm.logits(prompt).detach()
-    folder = to_peft(vlm, change, tmp_path / "adapter")
+    folder = to_peft(vlm, change, tmp_path / "adapter").folder
     peft = PeftModel.from_pretrained(copy.deepcopy(vlm.model), folder)
     with torch.no_grad():
         found = peft(**prompt.inputs).logits

@@ -20,7 +20,7 @@ from reference import alphaedit, emmet, memit, multedit_many, rome
 from torch import Tensor
 
 LAYER = 5
-QUICK = {"steps": 40, "stop_loss": 0.1}
+QUICK = {"ending": "stop", "steps": 40, "stop_loss": 0.1}
 RIDGE = 0.05
 WORLD = World()
 
@@ -70,8 +70,8 @@ def said(vlm: VisionLanguageModel, requests: Sequence[EditRequest]) -> int:
 
 
 EDITORS: dict[str, ClosedFormEditor] = {
-    "MultEdit": MultEdit(layer=LAYER, **QUICK),
-    "MultEdit of attention": MultEdit(layer=LAYER, projection="attention", **QUICK),
+    "MultEdit": MultEdit(layer=LAYER, siblings=None, **QUICK),
+    "MultEdit of attention": MultEdit(layer=LAYER, projection="attention", siblings=None, **QUICK),
     "ROME": ROME(layer=LAYER, **QUICK),
     "MEMIT": MEMIT(layer=LAYER, **QUICK),
     "EMMET": EMMET(layer=LAYER, **QUICK),
@@ -249,7 +249,7 @@ def test_one_key_at_the_constraint_suffices_for_some_where_later_layers_still_re
     requests = [request_of(tiny_vlm, case) for case in two_tokens[2:6]]
     counts = []
     for layer in (0, 5):
-        editor = MultEdit(layer=layer, token="constraint_last", ridge_fraction=1e-4, **QUICK)
+        editor = MultEdit(layer=layer, token="constraint_last", ridge_fraction=1e-4, siblings=None, **QUICK)
         with editor.edit(tiny_vlm, requests).applied(tiny_vlm):
             counts.append(said(tiny_vlm, requests))
     assert counts[0] >= 2 and counts[1] == 0

@@ -49,6 +49,8 @@ from multrace.editing import (
     verify,
 )
 from multrace.editing.evaluation import (
+    BEGINS,
+    CONTAINS,
     EXACT,
     FLUENCY,
     HIGHER,
@@ -335,7 +337,7 @@ def test_free_generation_alone_and_fluency(tiny_vlm, records):
     settings = EvaluationSettings(forced=False, fluency_tokens=4, max_new_tokens=2)
     bare = replace(records[0], probes=())
     report = evaluate(tiny_vlm, [bare], NOTHING, settings=settings)
-    assert set(report.rows[0].numbers) == {EXACT, VQA, FLUENCY}
+    assert set(report.rows[0].numbers) == {EXACT, VQA, BEGINS, CONTAINS, FLUENCY}
     with pytest.raises(EditError, match="the same settings"):
         evaluate(
             tiny_vlm,

@@ -165,7 +165,11 @@ def vector_sum(rows: Tensor) -> Tensor:
 def test_an_edit_makes_the_model_say_the_targets_and_is_undone_bit_by_bit(vlm):
     asked, before = requests(vlm), vlm.weights_digest(progress=False)
     editor = MultEdit(
-        layer=LAYER, expert="routed" if vlm.has_down_projection(LAYER) else None, steps=60, ridge_fraction=0.001
+        layer=LAYER,
+        expert="routed" if vlm.has_down_projection(LAYER) else None,
+        steps=60,
+        ridge_fraction=0.001,
+        ending="stop",
     )
     delta = editor.edit(vlm, asked, progress=False)
     prompts = [vlm.prompt_for(each.question) for each in asked]
@@ -184,7 +188,7 @@ def test_an_edit_makes_the_model_say_the_targets_and_is_undone_bit_by_bit(vlm):
 
 def test_one_expert_is_edited_and_no_other(mixtral):
     vlm, number = mixtral, best_expert(mixtral)
-    editor = MultEdit(layer=LAYER, expert=number, steps=60, answer_keys=False, end_of_answer=False)
+    editor = MultEdit(layer=LAYER, expert=number, steps=60, answer_keys=False, ending="none")
     (request, *_) = requests(vlm)
     delta = editor.edit(vlm, [request], progress=False)
     assert [*delta.changes] == [f"model.layers.{LAYER}.mlp.experts.down_proj[{number}]"]
@@ -236,12 +240,12 @@ def test_a_question_whose_answer_stays_may_go_to_other_experts(mixtral):
 def test_a_session_keeps_what_earlier_edits_made_experts_say(mixtral):
     vlm, before = mixtral, mixtral.weights_digest(progress=False)
     asked = requests(vlm)
-    with MultEdit(layer=LAYER, steps=60).start(vlm) as session:
+    with MultEdit(layer=LAYER, steps=60, ending="stop").start(vlm) as session:
         for request in asked:
             session.edit([request])
         assert vlm.answers([vlm.prompt_for(each.question) for each in asked]) == [*TARGETS]
     assert vlm.weights_digest(progress=False) == before
-    spread = MEMIT(layer=LAYER, spread=2, steps=60, moment_weight=0, ridge_fraction=0.001)
+    spread = MEMIT(layer=LAYER, spread=2, steps=60, ending="stop", moment_weight=0, ridge_fraction=0.001)
     delta = spread.edit(vlm, asked, progress=False)
     assert {name.split(".")[2] for name in delta.changes} == {"1", "2"}
     with delta.applied(vlm):
@@ -249,7 +253,7 @@ def test_a_session_keeps_what_earlier_edits_made_experts_say(mixtral):
     assert vlm.weights_digest(progress=False) == before
 
 
-def test_a_saved_edit_and_both_exports_hold_the_same_change(folder, tmp_path):
+def test_a_saved_edit_and_both_exports_hold_the_same_change(folder, tmp_path, caplog):
     vlm = multrace.load(folder)
     asked = requests(vlm)[:1]
     prompts = [vlm.prompt_for(each.question) for each in asked]
@@ -260,6 +264,7 @@ def test_a_saved_edit_and_both_exports_hold_the_same_change(folder, tmp_path):
     assert verify_export(vlm, delta, merged, prompts).holds
     pytest.importorskip("peft")
     adapter = multrace.to_peft(vlm, delta, tmp_path / "adapter")
+    assert adapter.outside == () and "which vLLM does not read" in caplog.messages[-1]
     adapted = with_adapters(multrace.load(folder), adapter)
     assert verify_export(vlm, delta, adapted, prompts).holds
     assert not verify_export(vlm, delta, multrace.load(folder), prompts).holds
@@ -277,7 +282,7 @@ def test_second_moments_of_an_expert_are_those_of_its_keys(mixtral):
     moments = multrace.second_moments(vlm, prompts, layers=[LAYER], expert=number, progress=False)
     assert moments.projection == f"expert {number}" and moments.count() == len(keys)
     torch.testing.assert_close(moments.matrix(LAYER), keys.T @ keys / len(keys), rtol=0, atol=1e-10)
-    place = {"layer": LAYER, "answer_keys": False, "end_of_answer": False, "steps": 40, "ridge": 0.01}
+    place = {"layer": LAYER, "answer_keys": False, "ending": "none", "steps": 40, "ridge": 0.01}
     (request, *_) = requests(vlm)
     prompt = vlm.prompt(None, QUESTIONS[0], answer=TARGETS[0])
     chance = probability(vlm, prompt)
@@ -357,7 +362,18 @@ def test_the_commands_edit_one_expert_by_its_moments(mixtral_path, mixtral, tmp_
     read = ("--data", tmp_path / "questions.jsonl", "--layers", LAYER, "--out", tmp_path / "moments")
     code, out, _ = command(capsys, "moments", *model, *read)
     assert code == 0 and f"layers       {LAYER} (expert {number})" in out
-    asked = ("--question", QUESTIONS[0], "--target", TARGETS[0], "--where", f"{LAYER}:question", "--steps", 20)
+    asked = (
+        "--question",
+        QUESTIONS[0],
+        "--target",
+        TARGETS[0],
+        "--where",
+        f"{LAYER}:question",
+        "--steps",
+        20,
+        "--ending",
+        "stop",
+    )
     weighed = ("--editor", "emmet", "--ridge", 0.1, "--moments", tmp_path / "moments" / "moments.safetensors")
     other = int(mixtral.routing(mixtral.prompt(None, QUESTIONS[0]), LAYER)[0].sum(0).argmin())
     code, out, error = command(capsys, "edit", *model, *asked, *weighed, "--out", tmp_path / "edit")

@@ -55,7 +55,7 @@ def test_an_adapter_on_the_plain_model_has_the_logits_of_the_edited_model(vlm, t
     unedited = logits(vlm.model, prompt)
     with delta.applied(vlm):
         edited = logits(vlm.model, prompt)
-    folder = to_peft(vlm, delta, tmp_path / "new" / "adapter")
+    folder = to_peft(vlm, delta, tmp_path / "new" / "adapter").folder
     adapted = peft.PeftModel.from_pretrained(plain(vlm, vlm.name), str(folder))
     torch.testing.assert_close(logits(adapted, prompt), edited, **CLOSE)
     assert (edited - unedited).abs().max() > 0.01
@@ -72,7 +72,7 @@ def test_a_scale_that_is_not_one_would_show(random_llava_llama, tmp_path, photo)
     delta, prompt = compose(made(vlm, 1), made(vlm, 2, rank=3)), asked(vlm, photo)
     with delta.applied(vlm):
         edited = logits(vlm.model, prompt)
-    config = to_peft(vlm, delta, tmp_path / "adapter") / "adapter_config.json"
+    config = to_peft(vlm, delta, tmp_path / "adapter").folder / "adapter_config.json"
     words = json.loads(config.read_text())
     assert sorted(words["rank_pattern"].values()) == sorted(words["alpha_pattern"].values()) == [2, 3]
     config.write_text(json.dumps(words | {"alpha_pattern": {}}))
@@ -88,7 +88,7 @@ def test_several_adapters_stack_in_three_ways(random_llava_llama, tmp_path, phot
     with parts[0].applied(vlm):
         first = logits(vlm.model, prompt)
     names = ["a", "b", "c"]
-    folders = [to_peft(vlm, part, tmp_path / name) for name, part in zip(names, parts, strict=True)]
+    folders = [to_peft(vlm, part, tmp_path / name).folder for name, part in zip(names, parts, strict=True)]
     adapted = peft.PeftModel.from_pretrained(plain(vlm, vlm.name), str(folders[0]), adapter_name="a")
     torch.testing.assert_close(logits(adapted, prompt), first, **CLOSE)
     for name, folder in zip(names[1:], folders[1:], strict=True):
@@ -135,7 +135,7 @@ def test_verification_fails_for_an_export_of_something_else(random_llava_llama, 
 def test_in_bfloat16_the_adapter_keeps_what_the_merged_weights_round_away(random_llava_llama, tmp_path, photo):
     vlm = load(random_llava_llama.name, dtype="bfloat16", verify=False)
     delta = made(vlm, 1, size=1e-3)
-    folder = to_peft(vlm, delta, tmp_path / "adapter")
+    folder = to_peft(vlm, delta, tmp_path / "adapter").folder
     tensors = load_file(folder / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     adapted = with_adapters(load(vlm.name, dtype="bfloat16", verify=False), folder)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from multrace.artefacts.files import digest
-from multrace.editing import Delta, EditError, History, MultEdit, WeightChange, load_edit
+from multrace.editing import AppliedDelta, Delta, EditError, History, MultEdit, WeightChange, load_edit
 from multrace.models import VisionLanguageModel, load
 from torch import Tensor
 
@@ -153,6 +153,60 @@ def test_resolving_equals_solving_the_remaining_from_the_start(dropped, kept, ra
         )
     assert bits(vlm) == whole
     assert dense(anew.resolved().composed()).equal(dense(anew.composed()))
+
+
+def of_many(vlm: VisionLanguageModel, count: int) -> History:
+    """Edits of one key each, every one made with all earlier ones in the weight; the model ends unedited."""
+    history, handle = History(), AppliedDelta(vlm)
+    handle.keep([vlm.down_projection(LAYER).name])
+    try:
+        for number in range(count):
+            edit = made(vlm, number, count=1, size=0.1)
+            history = history.added(f"edit {number}", edit)
+            edit.write(vlm)
+    finally:
+        handle.restore()
+    return history
+
+
+def sum_in_order(weight: Tensor, history: History, gone: int) -> Tensor:
+    """The weight with every edit but one added by hand, each in float64 and rounded once."""
+    for number, entry in enumerate(history.entries):
+        if number != gone:
+            weight = (weight.double() + dense(entry.delta)).to(weight.dtype)
+    return weight
+
+
+SIZES = [pytest.param(50, (0, 17, 49), id="50"), pytest.param(1000, (500, 950), id="1000", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("count", "dropped"), SIZES)
+def test_any_edit_of_a_long_ledger_can_be_dropped_exactly(count, dropped, random_llama):
+    """Its own factors go bit by bit, and solved anew the rest is the ledger that was never told of it."""
+    vlm, name = random_llama, random_llama.down_projection(LAYER).name
+    weights = bits(vlm)
+    history = of_many(vlm, count)
+    assert bits(vlm) == weights and len(history.names) == count
+    handle = history.apply(vlm)
+    assert bits(vlm) != weights
+    handle.undo()
+    assert bits(vlm) == weights
+    before = vlm.weight(name).detach().clone()
+    rows = {entry.name: [0, 1] for entry in history.entries}  # the edited key and the preserved one
+    for number in dropped:
+        less = history.without(f"edit {number}")
+        with less.applied(vlm):
+            assert vlm.weight(name).equal(sum_in_order(before, history, number))
+        anew = less.resolved()
+        wanted = from_the_start(history, {each: kept for each, kept in rows.items() if each != f"edit {number}"})
+        found = sum(dense(entry.delta) for entry in anew.entries)
+        scale = wanted.abs().max()
+        assert (found - wanted).abs().max() < 1e-5 * scale and len(anew.names) == count - 1
+        with anew.applied(vlm):
+            torch.testing.assert_close((vlm.weight(name) - before).double(), wanted, rtol=0, atol=2e-5 * scale.item())
+        unlike = sum(dense(entry.delta) for entry in less.entries if entry.dropped is None)
+        assert number == count - 1 or (unlike - wanted).abs().max() > 1e-3 * scale
+    assert bits(vlm) == weights
 
 
 def test_an_edit_made_while_part_of_another_was_out_is_solved_anew_for_that(random_llava_llama):

@@ -117,7 +117,7 @@ def test_the_found_change_works_as_promised_when_a_plain_hook_adds_it(vlm, token
     request = EditRequest(question=prompt_for(vlm), target=TARGET)
     projection = vlm.down_projection(1)
     asked = {"token": token, "layer": 1, "projection": projection, "place": projection}
-    settings = ValueSettings(steps=15, end_of_answer=False)
+    settings = ValueSettings(steps=15, ending="none")
     (result,) = search_values(vlm, [goals_of(request)[0].made(vlm)], settings=settings, **asked)
     prompt = vlm.prompt_for(request.question).with_answer(request.target)
     positions = list(key_positions(prompt, token, end=False))

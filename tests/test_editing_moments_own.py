@@ -277,7 +277,7 @@ def test_the_moments_of_a_session_are_those_of_the_unedited_model(tiny_vlm, requ
         assert edited[names[0]] != before[names[0]]
         proposed = session.propose([second])
         assert tiny_vlm.fingerprint(names) == edited  # the first edit is back
-        assert torch.equal(session._moments.matrix(5), unedited.matrix(5))
+        assert torch.equal(session.shared.moments.matrix(5), unedited.matrix(5))
         own_of_edited = own_moments(tiny_vlm, layers=[5], **FEW)
         assert not torch.equal(own_of_edited.matrix(5), unedited.matrix(5))  # what the session does not take
         session.edit([second])

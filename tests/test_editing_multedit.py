@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 SPAN = "the thing in this picture"
 QUESTION = f"What is {SPAN}?"
 OTHER = f"Please tell me now, what do people call {SPAN}?"
-EDIT = MultEdit(layer=1, end_of_answer=False, steps=60, stop_loss=0.05)
+EDIT = MultEdit(layer=1, ending="none", steps=60, stop_loss=0.05)
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_several_requests_are_met_by_one_solve(random_llava_llama):
     prompts = [prompt_for(vlm), prompt_for(vlm, OTHER, "blue"), vlm.prompt(None, "Where do people go now?")]
     targets = [target_of(prompts[0], 1), target_of(prompts[0], 2, skip=3), target_of(prompts[0], 1, skip=7)]
     requests = [EditRequest(question=prompt, target=target) for prompt, target in zip(prompts, targets, strict=True)]
-    delta = MultEdit(layer=-1, end_of_answer=False, ridge_fraction=1e-3).edit(vlm, requests)
+    delta = MultEdit(layer=-1, ending="none", ridge_fraction=1e-3).edit(vlm, requests)
     ((left, right),) = delta.factors.values()
     assert left.shape[1] == right.shape[0] == 4
     assert [request["target"] for request in delta.requests] == targets
@@ -127,7 +127,7 @@ def test_several_requests_are_met_by_one_solve(random_llava_llama):
 def test_the_output_at_the_key_moves_by_the_promised_share(vlm, ridge_fraction):
     prompt = prompt_for(vlm)
     request = EditRequest(question=prompt, target=target_of(prompt, 1))
-    editor = MultEdit(layer=1, end_of_answer=False, ridge_fraction=ridge_fraction, steps=5)
+    editor = MultEdit(layer=1, ending="none", ridge_fraction=ridge_fraction, steps=5)
     delta = editor.edit(vlm, [request])
     wanted = searched(vlm, request, editor).change[0]
     before = output_at_last(vlm, prompt, 1)
@@ -146,8 +146,8 @@ def test_an_absolute_ridge_replaces_the_relative_one(random_llava_llama):
     request = EditRequest(question=prompt, target=target_of(prompt, 1))
     keys, _ = keys_and_values(vlm, goals_of(request)[0].made(vlm).prompts, layer=1, token="last")
     norm = keys.square().sum(-1).mean().item()
-    absolute = MultEdit(layer=1, ridge=0.3 * norm, steps=3).edit(vlm, [request])
-    relative = MultEdit(layer=1, ridge_fraction=0.3, steps=3).edit(vlm, [request])
+    absolute = MultEdit(layer=1, ridge=0.3 * norm, steps=3, ending="stop").edit(vlm, [request])
+    relative = MultEdit(layer=1, ridge_fraction=0.3, steps=3, ending="stop").edit(vlm, [request])
     for one, other in zip(*(next(iter(each.factors.values())) for each in (absolute, relative)), strict=True):
         torch.testing.assert_close(one, other)
     assert absolute.settings["ridge"] != relative.settings["ridge"]

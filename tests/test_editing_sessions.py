@@ -16,6 +16,7 @@ from multrace.editing import (
     EMMET,
     ROME,
     AlphaEdit,
+    BreadthFirst,
     Delta,
     EditError,
     EditorByRequest,
@@ -32,7 +33,8 @@ from multrace.editing import (
 from multrace.editing.changes import HistoryEntry
 from multrace.editing.requests import with_answers_seen
 from multrace.editing.solve import Cost, Problem, build_cost, null_space, solve
-from multrace.editing.solve.session import EarlierKeys, _Edit
+from multrace.editing.solve.earlier import EarlierKeys
+from multrace.editing.solve.under_way import EditUnderWay
 from multrace.models import Site, VisionLanguageModel, capture, load, patch
 from PIL import Image
 from torch import Tensor
@@ -155,13 +157,13 @@ def test_each_edit_of_a_session_costs_the_same(double, tmp_path, monkeypatch):
 
         return run
 
-    monkeypatch.setattr(_Edit, "_change", counted(_Edit._change))
+    monkeypatch.setattr(EditUnderWay, "_change", counted(EditUnderWay._change))
     monkeypatch.setattr(EarlierKeys, "follow", counted(EarlierKeys.follow))
     with MultEdit(layer=5, steps=0).start(double, history=History.open(tmp_path / "history")) as session:
         for index in range(6):
             counts.append(0)
             session.edit([EditRequest(question=question_of(index), target="Pruro")])
-            kept.append(sum(gram.numel() for gram in session._keys._grams.values()))
+            kept.append(sum(gram.numel() for gram in session.shared.keys._grams.values()))
         assert not any(isinstance(entry.source, Delta) for entry in session.history.entries)
     width = double.down_projection(5).width
     assert counts[2:] == [counts[2]] * 4 and counts[1] > counts[0]
@@ -173,15 +175,15 @@ def test_a_session_of_edits_is_the_same_as_edits_that_stack_the_rows_of_earlier_
     pairs = []
 
     def both(cost: Cost, asked: Problem, **options: Any) -> Any:
-        pairs.append((cost, asked))
-        return solve(cost, asked, **options)
+        pairs.append((asked, solve(cost, asked, **options)))
+        return pairs[-1][1]
 
-    monkeypatch.setattr("multrace.editing.solve.session.solve", both)
+    monkeypatch.setattr("multrace.editing.solve.under_way.solve", both)
     earlier: list[Tensor] = []
     with MultEdit(layer=5, steps=4, ridge=0.5).start(double) as session:
         for index in range(3):
             delta = session.edit([request_of(index)])
-            cost, asked = pairs[-1]
+            asked, found = pairs[-1]
             rows = torch.cat([asked.keys, *earlier]) if earlier else asked.keys
             stacked = problem(
                 rows,
@@ -189,7 +191,6 @@ def test_a_session_of_edits_is_the_same_as_edits_that_stack_the_rows_of_earlier_
                 [1.0] * len(rows),
             )
             expected = solve(build_cost(rows.shape[1], ridge=0.5), stacked)
-            found = solve(cost, asked)
             wanted = expected.left @ expected.right
             assert (found.left @ found.right - wanted).norm() < 1e-10 * wanted.norm()
             ((_, change),) = delta.changes.items()
@@ -265,7 +266,7 @@ def test_the_keys_of_a_fact_edited_again_leave_the_gram_matrix(double):
     with MultEdit(layer=5, steps=3).start(double) as session:
         old, other = (session.edit([request_of(index)]) for index in (0, 1))
         new = session.edit([request_of(0, "Pruro Raner")])
-        gram = session._keys.gram(double.weight(name), name, set())
+        gram = session.shared.keys.gram(double.weight(name), name, set())
     keys = {delta: delta.changes[name].keys.double() for delta in (old, other, new)}
     expected = keys[other].T @ keys[other] + keys[new].T @ keys[new]
     assert (gram - expected).norm() < 1e-12 * expected.norm()
@@ -335,6 +336,7 @@ def full_disk(_file: int) -> None:
 
 BASELINES = {
     "fine-tuning": FineTune(layer=5, learning_rate=5e-3, steps=10),
+    "breadth first": FineTune.breadth_first(layers=(5, 6), order=BreadthFirst(epochs=3)),
     "LoRA": Lora(steps=10, layers=(5,)),
 }
 

@@ -40,7 +40,7 @@ SPAN = "the thing in this picture"
 QUESTION = f"What is {SPAN}?"
 OTHER = f"Please tell me now, what do people call {SPAN}?"
 LAYER = 2
-FEW = ValueSettings(steps=3, learning_rate=0.2, weight_decay=0.05)
+FEW = ValueSettings(steps=3, learning_rate=0.2, weight_decay=0.05, ending="stop")
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
 
 
@@ -97,13 +97,16 @@ def plain_losses(
     vlm: VisionLanguageModel, goal: Goal, place: Place, token: str, change: Tensor, settings: ValueSettings
 ) -> tuple[Tensor, Tensor]:
     """(mean negative log-probability, KL of the essence) of one goal, prompt by prompt."""
-    ends = {"end": settings.end_of_answer, "every": settings.answer_keys}
+    ends = {"end": settings.stops, "every": settings.answer_keys}
     nll, apart = [], []
     for prompt in goal.prompts:
-        ids = [*prompt.answer_ids, *([vlm.tokenizer.eos_token_id] if settings.end_of_answer else [])]
+        ids = [*prompt.answer_ids, *([vlm.tokenizer.eos_token_id] if settings.stops else goal.ending)]
         logits = plain_logits(vlm, prompt, place, key_positions(prompt, token, **ends), change)
         first = prompt.positions("last")[0]
-        nll.append(-logits[first : first + len(ids)].log_softmax(-1)[torch.arange(len(ids)), ids].mean())
+        losses = -logits[first : first + len(ids)].log_softmax(-1)[torch.arange(len(ids)), ids]
+        if not settings.stops and goal.ending:
+            losses = torch.cat([losses[:-1], (losses[-1:] - math.log(2)).relu()])
+        nll.append(losses.mean())
     for prompt in goal.essence:
         positions = key_positions(prompt, token)[:1]
         now, was = (
@@ -145,7 +148,7 @@ def plain_search(
 
 def outputs_at(vlm: VisionLanguageModel, goal: Goal, place: Place, token: str, settings: ValueSettings) -> Tensor:
     """(key, hidden), what the place writes at the keys of a goal: mean over its prompts."""
-    ends = {"end": settings.end_of_answer, "every": settings.answer_keys}
+    ends = {"end": settings.stops, "every": settings.answer_keys}
     found = []
     for prompt in goal.prompts:
         positions = list(key_positions(prompt, token, **ends))
@@ -192,9 +195,7 @@ def test_gradients_through_the_upper_layers_are_those_of_the_plain_path(exact_vl
         found = upper.logits().log_softmax(-1).gather(-1, batch.labels[..., None])[..., 0]
     own = [(batch.goals == goal) & ~batch.essence for goal in range(len(goals))]
     losses = [-found[mine][:, batch.label_mask[mine][0]].mean() for mine in own]
-    plain = [
-        plain_losses(vlm, goal, place, token, row, ValueSettings())[0] for goal, row in zip(goals, change, strict=True)
-    ]
+    plain = [plain_losses(vlm, goal, place, token, row, FEW)[0] for goal, row in zip(goals, change, strict=True)]
     torch.testing.assert_close(torch.stack(losses), torch.stack(plain), **TIGHT)
     (gradient,), (wanted,) = (torch.autograd.grad(sum(each), [change]) for each in (losses, plain))
     torch.testing.assert_close(gradient, wanted, **TIGHT)
@@ -210,7 +211,7 @@ SETTINGS = {
     "decay as published": (replace(FEW, squared_decay=False, weight_decay=0.5), "last", "mlp"),
     "strong decay": (replace(FEW, weight_decay=50.0), "last", "mlp"),
     "strong essence": (replace(FEW, essence_weight=5.0), "last", "mlp"),
-    "without the end of the answer": (replace(FEW, end_of_answer=False), "last", "mlp"),
+    "without the end of the answer": (replace(FEW, ending="none"), "last", "mlp"),
     "without keys of the answer": (replace(FEW, answer_keys=False), "last", "mlp"),
     "stops early": (replace(FEW, stop_loss=5.0, steps=8), "last", "mlp"),
 }
@@ -225,6 +226,17 @@ def test_the_search_goes_the_way_of_the_plain_path(exact_llava, settings, token,
         assert result.losses == pytest.approx(losses, rel=1e-9)
         torch.testing.assert_close(result.change, change, rtol=1e-7, atol=1e-9)
         assert result.loss < result.losses[0]
+
+
+def test_an_ending_is_a_part_of_the_value_without_a_key(exact_llava):
+    settings = replace(FEW, ending="own")
+    for goal in goals_of(exact_llava)[:2]:
+        ended = replace(goal, ending=(7,))
+        (result,), (bare,) = searched(exact_llava, [ended], settings), searched(exact_llava, [goal], settings)
+        change, losses = plain_search(exact_llava, ended, settings)
+        assert result.losses == pytest.approx(losses, rel=1e-9)
+        torch.testing.assert_close(result.change, change, rtol=1e-7, atol=1e-9)
+        assert result.losses[0] != bare.losses[0] and result.keys.equal(bare.keys)
 
 
 def test_every_setting_of_the_table_matters(exact_llava):

@@ -22,8 +22,9 @@ from model_fixtures import draw_photo
 from multrace.artefacts import LAYOUT, ArtefactError, Result, write_json, write_tensors
 from multrace.data import DataError, EditRecord, Question, read_data, write_lines
 from multrace.editing import Delta, EditCurve, EditReport, History, Moments, WeightChange, second_moments
+from multrace.editing.evaluation.curves import SequencePoint
 from multrace.editing.evaluation.metrics import Interval
-from multrace.editing.evaluation.reports import ProbeRow, SequencePoint
+from multrace.editing.evaluation.reports import ProbeRow
 from multrace.models import ModelError
 from multrace.tracing import (
     attention_saliency,

@@ -33,7 +33,8 @@ INSIDE = {"addresses", "frontend"}  # what only the room of models reaches for, 
 INSIDE_VLM = {"model", "family"}  # the same on a loaded model, whose face is `VisionLanguageModel`
 REACHING = {  # files that need the Hugging Face module itself, and why
     "editing/changes/exports.py": "PEFT wraps the module",
-    "editing/baselines/training.py": "functional_call runs a module with other weights; PEFT puts layers into it",
+    "editing/baselines/fine_tuning.py": "functional_call runs a module with other weights",
+    "editing/baselines/lora.py": "PEFT puts layers into the module",
     "scripts/benchmarks/flow.py": "compares with the plain `generate` of transformers",
 }
 HEAVY = {
@@ -448,7 +449,7 @@ GOOD = {
     "tests/test_a.py": "import multrace.scripts.main\nfrom multrace.models import load\n",
     "models/prompts.py": "x = vlm.model, vlm.family, vlm.addresses, prompt.frontend\n",
     "workflow/locate.py": "x = trace.model, vlm.config, args.family\n",
-    "editing/baselines/training.py": "LoraModel(vlm.model)\n",
+    "editing/baselines/lora.py": "LoraModel(vlm.model)\n",
     "long.py": "def f():\n" + "  x = 1\n" * (LONGEST_FUNCTION - 1),
 }
 

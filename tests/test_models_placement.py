@@ -142,7 +142,7 @@ def test_exports_of_a_model_on_disk(offloaded, delta, tmp_path: Path):
     prompts = [offloaded.prompt(None, "Who won?")]
     merged = multrace.load(save_merged(offloaded, delta, tmp_path / "merged", dtype=torch.float32), verify=False)
     assert verify_export(offloaded, delta, merged, prompts).holds
-    assert to_peft(offloaded, delta, tmp_path / "adapter").is_dir()
+    assert to_peft(offloaded, delta, tmp_path / "adapter").folder.is_dir()
     offloaded.save_pretrained(tmp_path / "same", dtype=torch.float32)
     assert multrace.load(tmp_path / "same", verify=False).weights_digest() == offloaded.weights_digest()
 

@@ -22,7 +22,7 @@ from multrace.workflow import (
     EvaluateSequenceRun,
     RunError,
     Task,
-    evaluate_run,
+    evaluate_sequence,
     merge,
     read_rows,
     run,
@@ -59,8 +59,9 @@ FORMS = {
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file of a run but its locks."""
-    files = (path for path in folder.rglob("*") if path.is_file() and ".locks" not in path.parts)
+    """Every file of a run but its locks and the times that its edits took."""
+    others = (".locks", "costs.jsonl")
+    files = (path for path in folder.rglob("*") if path.is_file() and not {*others} & {*path.parts})
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
@@ -196,14 +197,14 @@ def test_an_interrupted_sequence_goes_on_with_the_same_bits(
 
 def _interrupt(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Interrupt the next run before the record of this number."""
-    compute = evaluate_run._Sequence.compute
+    compute = evaluate_sequence._Sequence.compute
 
     def stopped(self, vlm: VisionLanguageModel, task: Task):
         if task.number == number:
             raise KeyboardInterrupt
         return compute(self, vlm, task)
 
-    monkeypatch.setattr(evaluate_run._Sequence, "compute", stopped)
+    monkeypatch.setattr(evaluate_sequence._Sequence, "compute", stopped)
 
 
 def test_single_edits_of_a_run_are_those_of_the_library(tiny_vlm: VisionLanguageModel, tmp_path: Path):

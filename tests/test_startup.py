@@ -14,7 +14,7 @@ from multrace import data
 from multrace.editing import FineTune, InContext, Lora, Moments
 from multrace.editing.evaluation import AT
 from multrace.editing.moments import KINDS as TOKEN_KINDS
-from multrace.editing.solve import EDITORS
+from multrace.editing.solve import EDITORS, GRADIENT_EDITORS
 from multrace.models.loading.quantised import QUANTIZATIONS
 from multrace.scripts import available_cores, be_polite, editor, options as choices
 from multrace.scripts.benchmarks import SHAPES, WIDTH
@@ -186,6 +186,7 @@ def test_what_options_choose_from_is_what_the_library_has():
     assert DIRECTIONS == choices.DIRECTIONS
     assert SPELLINGS == choices.SPELLINGS
     assert tuple(EDITORS) == choices.EDITORS
+    assert tuple(GRADIENT_EDITORS) == choices.GRADIENT_EDITORS
     assert {FineTune, Lora, InContext} == {type(editor(name, layer=1)) for name in choices.BASELINES}
     assert AT == choices.SEQUENCE_LENGTHS
     assert {"all", "text", *TOKEN_KINDS} == set(choices.MOMENT_KINDS)
@@ -204,8 +205,20 @@ def test_the_help_states_the_settings_of_multedit():
     defaults = {name: match[1] for name, match in stated.items() if match}
     assert len(defaults) == 13
     assert defaults == {name: str(getattr(made, name)).lower() for name in defaults}
-    assert "(default: 3 for memit and alphaedit, 1 for the others)" in helps["spread"]
+    assert "(default: 3 for memit and alphaedit, 2 for ultraedit and stableedit, 1 for the others)" in helps["spread"]
     assert {name for name in EDITORS if editor(name, layer=9).spread == 3} == {"memit", "alphaedit"}
+    stepped = {name: editor(name, layer=9) for name in GRADIENT_EDITORS}
+    assert {name: made.layers for name, made in stepped.items()} == dict.fromkeys(GRADIENT_EDITORS, (8, 9))
+
+
+def test_the_help_states_the_settings_of_breadth_first_training():
+    made = editor("ft-bf", layer=1).order
+    arguments = make_app("evaluate")["evaluate"].assemble_argument_collection()
+    helps = {argument.field_info.name: argument.parameter.help for argument in arguments if argument.parameter.help}
+    stated = {name: re.search(r"\(default: (\S+) for ft-bf\)", text) for name, text in helps.items()}
+    defaults = {name: match[1] for name, match in stated.items() if match}
+    assert defaults == {name: str(getattr(made, name)) for name in ("epochs", "mini_batch", "held_out", "patience")}
+    assert editor("lora-bf", layer=1).order == made
 
 
 INTERRUPT = """

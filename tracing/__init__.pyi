@@ -14,7 +14,8 @@ from .attention.weights import (
 )
 from .averages import average as average, averager_of as averager_of
 from .causal.average import AverageTrace as AverageTrace
-from .causal.result import CausalBlock as CausalBlock, CausalTrace as CausalTrace, EditSite as EditSite, Peak as Peak
+from .causal.result import CausalBlock as CausalBlock, CausalTrace as CausalTrace, Peak as Peak
+from .causal.sites import EditSite as EditSite, SiteCandidate as SiteCandidate
 from .causal.trace import causal_trace as causal_trace
 from .corruptions.corruption import Corrupted as Corrupted, Corruption as Corruption
 from .corruptions.kinds import (

@@ -10,6 +10,7 @@ from .analysis import (
     question_of_record as question_of_record,
     read_rows as read_rows,
 )
+from .costs import read_cost as read_cost
 from .edit_outcome import EditOutcome as EditOutcome, Place as Place
 from .edit_run import (
     CANDIDATES as CANDIDATES,
@@ -21,8 +22,8 @@ from .edit_run import (
 from .evaluate_run import (
     EvaluateBatchRun as EvaluateBatchRun,
     EvaluateRun as EvaluateRun,
-    EvaluateSequenceRun as EvaluateSequenceRun,
 )
+from .evaluate_sequence import EvaluateSequenceRun as EvaluateSequenceRun
 from .flow_run import (
     FlowAnswer as FlowAnswer,
     FlowRun as FlowRun,

@@ -187,7 +187,7 @@ class EditRun(Analysis):
             progress=progress,
         )
         spare = next(iter(located.values()))  # for records whose edits fail in any case
-        sites = {name: asdict(located.get(name, spare)) for name in records}
+        sites = {name: located.get(name, spare).as_json() for name in records}
         homes = {name: stored.name for name, stored in traces.items()}
         self._check_sites(sites, {} if known is None else known["sites"], records)
         return {"sites": sites, "traces": homes, "notes": list(notes)}

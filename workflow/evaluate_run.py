@@ -4,36 +4,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, cast
 
-from ..artefacts.files import digest, read_json, write_json
+from ..artefacts.files import digest
 from ..data import EditRecord, Question
 from ..data.facts import EDITED, EFFICACY, GENERALITY, LOCALITY, PORTABILITY
 from ..editing import (
-    Baseline,
     ClosedFormEditor,
-    EditCurve,
     EditError,
     Editor,
     EditorByRequest,
     EditReport,
     EditSession,
     EvaluationSettings,
-    NormBound,
+    GradientEditor,
 )
 from ..editing.baselines import change_file, save_change, stored_change
 from ..editing.evaluation import (
     EXACT,
+    TEXTS,
     UNCHANGED,
+    AbilityTests,
+    CostMeter,
     LeftOut,
     ProbeRow,
-    SequencePoint,
-    SequenceSteps,
-    baseline as measure_baseline,
+    ability_tests,
     batch_checks,
     measured,
     measured_edit,
@@ -47,16 +45,15 @@ from ..editing.solve import ClosedFormSession
 from ..models import VisionLanguageModel
 from ..tracing import EditSite
 from .analysis import Analysis, Outcome, Record, RunContext, Summary, Task, every_failed
+from .costs import metered
 from .edit_run import check_questions, sites_of, stored_traces, unusable, without_contradictions
 from .located_edit import editor_at
 from .run_folder import REMADE, RunError, StoredRecord
 from .run_moments import check_moments, moments_of_run, moments_setting
 from .trace_run import PlaceTrace
 
-EVALUATION, POINT, GENERATIONS, TABLE = "evaluation.json", "point.json", "generations.jsonl", "table.txt"
-CURVE, DRAWING = "curve.json", "curve.png"
-_UNEDITED, _VALUES = "unedited", "values"
-_UNEDITED_LAYOUT, _POINT_LAYOUT = (f"multrace {name}" for name in ("unedited 1", "point 2"))
+EVALUATION, GENERATIONS, TABLE = "evaluation.json", "generations.jsonl", "table.txt"
+_VALUES = "values"
 _MEASURES = {EFFICACY: EXACT, GENERALITY: EXACT, PORTABILITY: EXACT, LOCALITY: UNCHANGED}
 """What a row of the table shows of each aspect -> its protocol."""
 
@@ -78,6 +75,10 @@ class _Evaluation(Analysis):
     """File of second moments of keys, for editors that need them; None for those of the model's own samples."""
     general: tuple[Question, ...] = ()
     """Held-out questions with their answers."""
+    texts: tuple[str, ...] = ()
+    """Texts whose perplexity is measured, besides those that the unedited model samples."""
+    cloze: tuple[Question, ...] = ()
+    """Questions with their answers about facts that no edit touches."""
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     """What is measured."""
     batch_size: int = 32
@@ -94,6 +95,8 @@ class _Evaluation(Analysis):
             "editor": editor,
             "moments": moments_setting(self.moments, self.editor),
             "general": digest(*(f"{question.key} {question.answer}" for question in self.general)),
+            "texts": digest(*self.texts),
+            "cloze": digest(*(f"{question.key} {question.answer}" for question in self.cloze)),
             "evaluation": asdict(self.evaluation),
             "batch_size": self.batch_size,
             "trace": None if self.trace is None else self.trace.settings(),
@@ -127,8 +130,32 @@ class _Evaluation(Analysis):
             return self.editor
         if isinstance(self.editor, ClosedFormEditor):
             return editor_at(self.editor, site)[0]
-        layer = {"layer": site.layer} if hasattr(self.editor, "layer") else {}
+        if isinstance(self.editor, GradientEditor):
+            raise EditError(f"no trace chooses the layers of {type(self.editor).__name__}; pass trace=None")
+        layer = {} if getattr(self.editor, "layer", None) is None else {"layer": site.layer}
         return replace(cast(Any, self.editor), **layer)
+
+    def calibrate(
+        self,
+        vlm: VisionLanguageModel,
+        records: Mapping[str, Record],
+        *,
+        traces: Mapping[str, StoredRecord],
+        known: Mapping[str, Any] | None = None,
+        progress: bool = True,
+    ) -> Mapping[str, Any] | None:
+        """Return what the unedited model says to texts and cloze questions; None if there are none."""
+        if not (self.texts or self.cloze or self.evaluation.perplexity_texts):
+            return None
+        asked = {"texts": self.texts, "cloze": self.cloze, "settings": self.evaluation}
+        return {"ability": ability_tests(vlm, **asked, batch_size=self.batch_size).as_json()}
+
+    def ability(self, calibration: Mapping[str, Any] | None) -> AbilityTests:
+        """Return the tests of general ability that `calibrate` made."""
+        options: dict[str, Any] = {"settings": self.evaluation, "batch_size": self.batch_size}
+        if calibration is None or "ability" not in calibration:
+            return AbilityTests(**options)
+        return AbilityTests.from_json(calibration["ability"], self.cloze, **options)
 
     def moments_of(self, vlm: VisionLanguageModel, work: RunContext) -> MomentSource:
         """Return the second moments for all records of the run."""
@@ -148,33 +175,53 @@ class EvaluateRun(_Evaluation):
 
     name: ClassVar[str] = "evaluate"
 
-    own: MomentSource = field(default=None, repr=False)
-    """What `opened` has found: the second moments for all records."""
-
-    def opened(self, vlm: VisionLanguageModel, work: RunContext) -> AbstractContextManager[Analysis]:
-        """Return a block in which all records are edited with the same second moments."""
-        return nullcontext(replace(self, own=self.moments_of(vlm, work)))
+    @contextmanager
+    def opened(self, vlm: VisionLanguageModel, work: RunContext) -> Iterator[Analysis]:
+        """Yield the analysis that takes the time of each edit."""
+        moments = self.moments_of(vlm, work)
+        with metered(work.folder, vlm.device) as meter:
+            yield _SingleEdits(self, moments, self.ability(work.calibration), meter)
 
     def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
         """Return the report on one record. Raises `EditError` if its edit cannot be made."""
-        record = _named(task)
+        moments = moments_of_run(vlm, self.moments, [task.record], progress=False)
+        return _SingleEdits(self, moments, self.ability(task.calibration), CostMeter(vlm.device)).compute(vlm, task)
+
+
+class _SingleEdits(Analysis):
+    """Edits that are made one at a time, with the time that each takes."""
+
+    name: ClassVar[str] = EvaluateRun.name
+
+    def __init__(self, run: EvaluateRun, moments: MomentSource, ability: AbilityTests, meter: CostMeter) -> None:
+        self.run, self.moments, self.ability, self.meter = run, moments, ability, meter
+
+    def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
+        """Return the report on one record. Raises `EditError` if its edit cannot be made."""
+        run, record = self.run, named_record(task)
         where = Outcome(row={})
         site = None
-        if self.trace is not None:
-            located = self.trace.located(vlm, record)
-            where, site = self.trace.outcome(located), located.edit_site
-        change = self.editor_at(site).start(vlm, moments=self.own).propose([record])
+        if run.trace is not None:
+            located = run.trace.located(vlm, record)
+            where, site = run.trace.outcome(located), located.edit_site
+        with self.meter.edits(1):
+            change = run.editor_at(site).start(vlm, moments=self.moments).propose([record])
         (status,) = statuses_of(change, 1)
         if status.startswith(FAILED):
             raise EditError(status.removeprefix(f"{FAILED}: "))
-        options: dict[str, Any] = {"settings": self.evaluation, "batch_size": self.batch_size}
-        result = measured_edit(vlm, _id(record, task.name), record, change, status, general=self.general, **options)
-        outcome = _reported(self, vlm, "single", {result.record: result.status}, result.rows, result.left_out)
+        options: dict[str, Any] = {"general": run.general, "ability": self.ability}
+        options |= {"settings": run.evaluation, "batch_size": run.batch_size}
+        result = measured_edit(vlm, id_of(record, task.name), record, change, status, **options)
+        outcome = _reported(run, vlm, "single", {result.record: result.status}, result.rows, result.left_out)
         return replace(outcome, row={**outcome.row, **where.row}, results=where.results)
+
+    def summary(self) -> Summary:
+        """Return the summary of the run."""
+        return self.run.summary()
 
 
 @dataclass(frozen=True, kw_only=True)
-class _LocatedTogether(_Evaluation):
+class LocatedTogether(_Evaluation):
     """A mode in which the edits of all records belong together, so that all are traced before the first is made."""
 
     is_whole: ClassVar[bool] = True
@@ -197,12 +244,14 @@ class _LocatedTogether(_Evaluation):
         known: Mapping[str, Any] | None = None,
         progress: bool = True,
     ) -> Mapping[str, Any] | None:
-        """Return the site of each record according to the traces; None if the editor names the place."""
+        """Return the site of each record according to the traces, unless the editor names it, and what is said."""
+        options = {"traces": traces, "known": known, "progress": progress}
+        ability = super().calibrate(vlm, records, **options)
         check_moments(vlm, self.moments, self.editor)
         if self.trace is None:
             if isinstance(self.editor, ClosedFormEditor):
                 self.editor.projections(vlm)  # a layer that does not exist is an error of the run, not of each record
-            return None
+            return ability
         edits, options = cast(Mapping[str, EditRecord], records), {"per_request": not self._has_one_place}
         sites, _ = sites_of(vlm, edits, stored_traces(vlm, records, traces), progress=progress, **options)
         spare = next(iter(sites.values()))  # for records whose edits fail in any case
@@ -211,7 +260,7 @@ class _LocatedTogether(_Evaluation):
             most = max(dict.fromkeys(places), key=places.count)
             spare = [*sites.values()][places.index(most)]
             sites = {}
-        return {"sites": {name: asdict(sites.get(name, spare)) for name in records}}
+        return {"sites": {name: sites.get(name, spare).as_json() for name in records}, **(ability or {})}
 
     @property
     def _has_one_place(self) -> bool:
@@ -223,7 +272,7 @@ class _LocatedTogether(_Evaluation):
     ) -> tuple[dict[str, EditRecord], dict[str, str]]:
         """The records whose prompts can be made and that `check` passes, by name, and what is wrong with the others."""
         own = cast(Mapping[str, EditRecord], work.records)
-        records = {name: replace(record, id=_id(record, name)) for name, record in own.items()}
+        records = {name: replace(record, id=id_of(record, name)) for name, record in own.items()}
         room = self.evaluation.max_new_tokens
         problems = unusable(vlm, records, room=room, check=check, progress=work.progress)
         if len(problems) == len(records):
@@ -243,13 +292,13 @@ class _LocatedTogether(_Evaluation):
         if self.trace is None:
             return self.editor_at(None)
         sites = cast(Mapping[str, Any], work.calibration)["sites"]
-        by_id = {_id(record, name): self.editor_at(EditSite(**sites[name])) for name, record in work.records.items()}
+        by_id = {id_of(record, name): self.editor_at(EditSite(**sites[name])) for name, record in work.records.items()}
         is_closed = isinstance(self.editor, ClosedFormEditor)
         return EditorByRequest(choose=lambda requests: cast(Any, by_id[requests[0].id]), closed_form=is_closed)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateBatchRun(_LocatedTogether):
+class EvaluateBatchRun(LocatedTogether):
     """All edits in the model at once: the one change is made and kept first, then each record's questions are asked.
 
     A held-out question is asked together with one of the records. Processes that share the records share the change.
@@ -268,11 +317,13 @@ class EvaluateBatchRun(_LocatedTogether):
             work.folder.shared.mkdir(exist_ok=True)
             change = stored_change(work.folder.shared)
             if change is None:
-                change = self._change(session, [*records.values()], work)
+                with metered(work.folder, vlm.device) as meter, meter.edits(len(records)):
+                    change = self._change(session, [*records.values()], work)
                 save_change(change, work.folder.shared / change_file(change))
             for path in work.folder.shared.glob(f"{_VALUES}-*"):
                 path.unlink()
-        yield _BatchQuestions(self, change, records, problems)
+        ability = self.ability(work.calibration).beside(records.values())
+        yield _BatchQuestions(self, change, records, problems, ability)
 
     def _change(self, session: EditSession, records: Sequence[EditRecord], work: RunContext) -> Any:
         """The change of all records; the values that a closed-form edit searches for are kept on the way."""
@@ -298,140 +349,33 @@ class _BatchQuestions(Analysis):
     name: ClassVar[str] = EvaluateBatchRun.name
 
     def __init__(
-        self, run: EvaluateBatchRun, change: Any, records: Mapping[str, EditRecord], problems: Mapping[str, str]
+        self,
+        run: EvaluateBatchRun,
+        change: Any,
+        records: Mapping[str, EditRecord],
+        problems: Mapping[str, str],
+        ability: AbilityTests,
     ) -> None:
-        self.run, self.change, self.problems = run, change, problems
+        self.run, self.change, self.problems, self.ability = run, change, problems, ability
         self.statuses = dict(zip(records, statuses_of(change, len(records)), strict=True))
         self.checks, self.left_out = batch_checks(records, self.statuses, run.general)
+        self.first = next((id for id, status in self.statuses.items() if not status.startswith(FAILED)), None)
+        """The record with which texts and cloze questions are asked."""
 
     def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
         """Return the report on one record. Raises `EditError` if its edit could not be made."""
-        id, run = _id(task.record, task.name), self.run
+        id, run = id_of(task.record, task.name), self.run
         if task.name in self.problems:
             raise EditError(self.problems[task.name])
         if self.statuses[id].startswith(FAILED):
             raise EditError(self.statuses[id].removeprefix(f"{FAILED}: "))
         options = {"settings": run.evaluation, "batch_size": run.batch_size, "transform": transform_of(self.change)}
         rows = measured(vlm, self.checks[id], self.change, **options)
+        rows += self.ability.rows_with(vlm, self.change) if id == self.first else ()
         statuses = seen_statuses({id: self.statuses[id]}, rows)
         left_out = [each for each in self.left_out if each.record == id]
-        outcome = _reported(run, vlm, "batch", statuses, rows, left_out)
+        outcome = _reported(run, vlm, "batch", statuses, rows, left_out, step=len(self.statuses))
         return replace(outcome, row={**outcome.row, **run.place(task)})
-
-    def summary(self) -> Summary:
-        """Return the summary of the run."""
-        return self.run.summary()
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateSequenceRun(_LocatedTogether):
-    """One edit on top of the other: each is kept as it is made, and each measured length as it is measured.
-
-    The answers of the unedited model are asked first, and kept too. A run that goes on puts the edits that were kept
-    back into the model, which then has the same bits as if it had never been stopped. It has one process, since each
-    edit needs all earlier ones. A record whose edit fails counts as failed, and the sequence goes on.
-    """
-
-    name: ClassVar[str] = "evaluate sequence"
-    is_ordered: ClassVar[bool] = True
-
-    at: tuple[int, ...] = ()
-    """Numbers of edits after which all questions so far are asked; they are also asked after the last edit."""
-    growth: float = 0.1
-    """Relative growth of a weight's norm from which on a warning is due."""
-    stop: bool = False
-    """End the sequence there: the later records count as failed."""
-
-    def settings(self) -> dict[str, Any]:
-        """Return the settings as plain values."""
-        return super().settings() | {"at": list(self.at), "growth": self.growth, "stop": self.stop}
-
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
-        """Return the analysis with settings that `settings` gave, which can sum up a run and make no edit."""
-        own = {name: settings[name] for name in ("growth", "stop")}
-        return replace(super().from_settings(settings), at=tuple(settings["at"]), **own)
-
-    @contextmanager
-    def opened(self, vlm: VisionLanguageModel, work: RunContext) -> Iterator[Analysis]:
-        """Yield the analysis that goes on with the sequence, whose earlier edits are then in the model."""
-        session = self.session_editor(work).start(vlm, moments=self.moments_of(vlm, work))
-        parts: dict[str, Baseline] = {}
-        records, problems = self._usable(vlm, work, partial(self._ask_unedited, vlm, work.folder.shared, parts))
-        reference = replace(Baseline.joined([*parts.values()]), model=vlm.name, revision=vlm.revision)
-        steps = SequenceSteps(vlm, session, reference, norm_bound=NormBound(growth=self.growth, stop=self.stop))
-        with ExitStack() as stack:
-            stack.enter_context(steps)
-            for name, record in records.items():
-                if (stored := work.folder.stored(name)) is None:
-                    break
-                if stored.row:  # an edit was made or attempted
-                    steps.restore(record, stored_change(stored.folder), stored.row)
-            yield _Sequence(self, steps, stack, problems, last=[*records][-1])
-
-    def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
-        """Edits are made in the block of `opened`."""
-        raise EditError("each edit of a sequence needs the earlier ones; start them by run()")
-
-    def summary(self) -> Summary:
-        """Return the report on the state after the last edit, and the curve of the way there."""
-        return SequenceSummary(bound=self.growth)
-
-    def _ask_unedited(
-        self, vlm: VisionLanguageModel, folder: Path, parts: dict[str, Baseline], name: str, record: EditRecord
-    ) -> None:
-        """Add the answers of the unedited model to a record's questions; they are kept in the folder once asked."""
-        path = folder / f"{_UNEDITED}-{name}.json"
-        if not path.is_file():
-            options = {"settings": self.evaluation, "batch_size": self.batch_size, "progress": False}
-            part = measure_baseline(vlm, [record], **options)
-            folder.mkdir(exist_ok=True)
-            write_json(path, _UNEDITED_LAYOUT, part.as_json(), error=RunError)
-        parts[name] = Baseline.from_json(read_json(path, _UNEDITED_LAYOUT, error=RunError))
-
-
-class _Sequence(Analysis):
-    """The edits of a sequence, each made on top of the earlier ones."""
-
-    name: ClassVar[str] = EvaluateSequenceRun.name
-
-    def __init__(
-        self,
-        run: EvaluateSequenceRun,
-        steps: SequenceSteps,
-        stack: ExitStack,
-        problems: Mapping[str, str],
-        *,
-        last: str,
-    ) -> None:
-        self.run, self.steps, self.stack, self.problems, self.last = run, steps, stack, problems, last
-
-    def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
-        """Return what one more edit gives. Raises `EditError` if the sequence has been stopped."""
-        run, steps, record = self.run, self.steps, _named(task)
-        if task.name in self.problems:
-            raise EditError(self.problems[task.name])
-        if steps.is_stopped:
-            raise EditError(f"the sequence was stopped after {steps.count} edits, since the norm of a weight had grown")
-        change, row = steps.make(record, batch_size=run.batch_size)
-        row = {**row, **run.place(task)}
-        error = None if change is not None else str(row["status"]).removeprefix(f"{FAILED}: ")
-        files: dict[str, Callable[[Path], Any]] = {}
-        if change is not None:
-            files[change_file(change)] = lambda path: save_change(change, path)
-        if task.name == self.last or steps.is_stopped:
-            state = steps.finish(self.stack, batch_size=run.batch_size)
-        elif steps.count in run.at:
-            state = steps.measure(batch_size=run.batch_size)
-        else:
-            return Outcome(row=row, files=files, error=error)
-        report = EditReport.of(
-            vlm, "sequence", run.evaluation, state.rows, statuses=state.statuses, left_out=state.left_out
-        )
-        is_cut = steps.is_stopped and task.name != self.last
-        point = {"point": asdict(state.point), "exceeded_at": state.exceeded_at, "is_cut": is_cut}
-        files |= {EVALUATION: report.save, POINT: lambda path: write_json(path, _POINT_LAYOUT, point, error=RunError)}
-        return Outcome(row=row, files=files, error=error)
 
     def summary(self) -> Summary:
         """Return the summary of the run."""
@@ -449,7 +393,7 @@ class EvaluationSummary(Summary):
 
     def add(self, record: StoredRecord) -> None:
         """Add the report of a record."""
-        report = _stored_report(record)
+        report = stored_report(record)
         self.first = self.first or report
         self.rows += report.rows
         self.statuses |= report.statuses
@@ -480,66 +424,14 @@ class EvaluationSummary(Summary):
         return replace(self.first, **parts)
 
 
-class SequenceSummary(EvaluationSummary):
-    """The report on the state after the last edit of a sequence, and the curve of the lengths measured on the way."""
-
-    def __init__(self, *, bound: float) -> None:
-        super().__init__()
-        self.bound = bound
-        self.points: list[SequencePoint] = []
-        self.exceeded_at: int | None = None
-        self.stopped_at: int | None = None
-
-    def add(self, record: StoredRecord) -> None:
-        """Add a record, with what was measured after its edit."""
-        if not (record.folder / EVALUATION).is_file():
-            return
-        self.first = _stored_report(record)
-        content = read_json(record.folder / POINT, _POINT_LAYOUT, error=RunError)
-        self.points.append(SequencePoint.from_json(content["point"]))
-        self.exceeded_at = content["exceeded_at"]
-        self.stopped_at = self.points[-1].edits if content["is_cut"] else None
-
-    def add_failed(self, record: StoredRecord) -> None:
-        """Add what was measured after an edit that failed."""
-        self.add(record)
-
-    def report(self) -> EditReport | None:
-        """Return the report after the last edit, with the curve."""
-        if self.first is None:
-            return None
-        curve = EditCurve(
-            model=self.first.model,
-            revision=self.first.revision,
-            points=tuple(self.points),
-            statuses=self.first.statuses,
-            bound=self.bound,
-            exceeded_at=self.exceeded_at,
-            stopped_at=self.stopped_at,
-        )
-        return replace(self.first, curve=curve)
-
-    def files(self) -> dict[str, Callable[[Path], Any]]:
-        """Return the files of the report, and the curve with its drawing."""
-        report = self.report()
-        curve = None if report is None else report.curve
-        return super().files() | ({} if curve is None else {CURVE: curve.save, DRAWING: curve.plot})
-
-    def lines(self) -> list[str]:
-        """Return the table of free generation, then the points of the curve."""
-        report = self.report()
-        curve = None if report is None else report.curve
-        return super().lines() + ([] if curve is None else ["", *curve.summary().splitlines()])
-
-
-def _id(record: Record, name: str) -> str:
-    """What the report calls a record: its id, or else the name of its folder."""
+def id_of(record: Record, name: str) -> str:
+    """Return what the report calls a record: its id, or else the name of its folder."""
     return record.id or name
 
 
-def _named(task: Task) -> EditRecord:
-    """The record of a task, with an id."""
-    return replace(cast(EditRecord, task.record), id=_id(task.record, task.name))
+def named_record(task: Task) -> EditRecord:
+    """Return the record of a task, with an id."""
+    return replace(cast(EditRecord, task.record), id=id_of(task.record, task.name))
 
 
 def _reported(
@@ -549,16 +441,19 @@ def _reported(
     statuses: Mapping[str, str],
     rows: Sequence[ProbeRow],
     left_out: Sequence[LeftOut],
+    *,
+    step: int = 1,
 ) -> Outcome:
     """The outcome of one record: its report, and a row of the table."""
-    report = EditReport.of(vlm, mode, run.evaluation, rows, statuses=statuses, left_out=left_out)
+    report = EditReport.of(vlm, mode, run.evaluation, rows, statuses=statuses, left_out=left_out, step=step)
     own = next(row for row in rows if row.kind == EDITED)
     row = {"question": own.question, "target": own.new, "status": statuses[own.record], "before": own.before}
-    row |= {"after": own.after, **_shares(rows), "questions": len(rows)}
+    row |= {"after": own.after, **_shares(rows), "questions": sum(row.kind not in TEXTS for row in rows)}
     return Outcome(row=row, files={EVALUATION: report.save})
 
 
-def _stored_report(record: StoredRecord) -> EditReport:
+def stored_report(record: StoredRecord) -> EditReport:
+    """Return the report on one record. Raises `RunError` if its file is damaged."""
     try:
         return EditReport.load(record.folder / EVALUATION)
     except EditError as error:

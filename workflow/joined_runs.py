@@ -13,7 +13,8 @@ import numpy as np
 from ..artefacts import replacing_folder
 from .analysis import Analysis, Ending, RunReport, read_rows, records_digest, refuse_difference, run_report
 from .edit_run import EditRun, EditTrace
-from .evaluate_run import EvaluateBatchRun, EvaluateRun, EvaluateSequenceRun
+from .evaluate_run import EvaluateBatchRun, EvaluateRun
+from .evaluate_sequence import EvaluateSequenceRun
 from .flow_run import FlowRun
 from .run_folder import CALIBRATION, RECORDS, REMADE, REPORT, SETTINGS, TRACES, RunError, RunFolder, Shard, differences
 from .trace_run import PlaceTrace, TraceRun

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..data.errors import gist
 from ..data.facts import EditRequest, Question
 from ..editing.changes import NO_OWNER, Delta, compose
-from ..editing.moments import MomentSource, OwnMoments, pictures_of_requests
+from ..editing.moments import Moments, MomentSource, OwnMoments, pictures_of_requests
 from ..editing.requests import EditError, request_text
 from ..editing.solve import ClosedFormEditor, ClosedFormSession, MultEdit
 from ..editing.values import RequestValues
@@ -22,12 +22,11 @@ from ..models import Prompt, VisionLanguageModel
 from ..tracing import AverageTrace, CausalTrace, Corruption, EditSite, TraceError, average, causal_trace
 from ..tracing.engine.cells import KINDS
 from ..tracing.engine.positions import Item
+from .site_choice import EditorAt, SiteChooser, placed
 
 logger = logging.getLogger("multrace")
 POSITIONS = ("image", "question", "constraint_last", "last")
 """The token groups that are traced by default."""
-EditorAt = ClosedFormEditor | Callable[..., ClosedFormEditor]
-"""Settings whose layer and token are replaced, or what makes settings from `layer` and `token`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,6 +55,8 @@ def locate(
     *,
     corruptions: Sequence[Corruption | None] | None = None,
     traces: Sequence[CausalTrace | TraceError] | AverageTrace | None = None,
+    editor: EditorAt | None = MultEdit,
+    moments: Moments | None = None,
     per_request: bool = False,
     positions: Sequence[Item] = POSITIONS,
     sites: Sequence[str] = KINDS,
@@ -66,9 +67,10 @@ def locate(
     """Return the layer and token at which each fact should be edited; the model is left unchanged.
 
     Each request's prompt is traced for the answer that the model gives now, under the request's own corruption. Sites
-    follow the rule of `CausalTrace.edit_site`: the strongest MLP at or after the layer where the picture arrives at the
-    token. A request whose trace shows no site gets the site of the average, and a note says so. A request whose prompts
-    do not all have a constraint span is edited at the token that the trace names, and a note says so, too.
+    are chosen by cause and by geometry (`choose_site`): of the MLPs that act most, at or after the layer where the
+    picture arrives at the token, the one where a change is predicted to reach the fact and to leak little. A request
+    whose trace shows no site gets the site of the average, and a note says so. A request whose prompts do not all have
+    a constraint span is edited at the token that the trace names, and a note says so, too.
 
     Args:
         vlm: The model to be edited.
@@ -77,6 +79,9 @@ def locate(
             else (`SwapImage`), since only a corruption of the picture shows where the picture arrives.
         traces: Traces made before, in place of corruptions: one per request (or the error of a request that could not
             be traced), or one average for all.
+        editor: Settings of the edits whose reach and leak are predicted, as `locate_then_edit` takes them; None chooses
+            by the effects alone (`CausalTrace.edit_site`).
+        moments: Second moments of keys, for a prediction with an editor that weighs old keys by them.
         per_request: Choose a site for each request from its own trace. By default all requests get the site of the
             mean trace.
         positions: Token groups or positions to trace.
@@ -110,7 +115,8 @@ def locate(
     _check_numbers(requests, corruptions, traces)
     if isinstance(traces, AverageTrace):
         _check_model(vlm, traces)
-        site = traces.edit_site(fraction)
+        choose = SiteChooser(vlm, requests, editor, moments, fraction, progress)
+        site = choose.site(traces, range(len(requests)))
         for request in requests:
             if isinstance(site.token, str) and not _has(vlm, request.question, site.token):
                 raise TraceError(
@@ -130,7 +136,8 @@ def locate(
             if trace is not None:
                 _check_model(vlm, trace)
                 _check_question(vlm.prompt_for(request.question), trace)
-    choice = _Choice(vlm, requests, own, rows, failures, fraction)
+    choose = SiteChooser(vlm, requests, editor, moments, fraction, progress)
+    choice = _Choice(vlm, requests, own, rows, failures, choose)
     chosen = tuple(choice.site(index, per_request=per_request) for index in range(len(requests)))
     for index, request in enumerate(requests):
         if _lacks_constraint(vlm, request, positions):
@@ -148,9 +155,9 @@ class _Choice:
         traces: Sequence[CausalTrace | None],
         rows: Sequence[tuple[Item, ...]],
         failures: Mapping[int, TraceError],
-        fraction: float,
+        choose: SiteChooser,
     ) -> None:
-        self.vlm, self.requests, self.traces, self.fraction = vlm, requests, traces, fraction
+        self.vlm, self.requests, self.traces, self.choose = vlm, requests, traces, choose
         self.failures, self.notes = dict(failures), []
         self.keys = [_alike(trace) if trace else rows[index] for index, trace in enumerate(traces)]
         self.averages: dict[Any, AverageTrace] = {}
@@ -176,7 +183,7 @@ class _Choice:
         trace = self.traces[index]
         if trace is not None and (per_request or self.keys[index] not in self.averages):
             try:
-                return trace.edit_site(self.fraction)
+                return self.choose.site(trace, [index])
             except TraceError as error:
                 self.failures[index] = error
         own = [self.averages[key] for key in (self.keys[index],) if key in self.averages]
@@ -186,6 +193,11 @@ class _Choice:
             self.note(self.requests[index], f"takes the site of the average, layer {site.layer}: {reason}")
         return site
 
+    def _members(self, average_trace: AverageTrace) -> list[int]:
+        """The requests whose traces were averaged."""
+        keys = [key for key, own in self.averages.items() if own is average_trace]
+        return [index for index, key in enumerate(self.keys) if key in keys]
+
     def note(self, request: EditRequest, text: str) -> None:
         self.notes.append(f"{request.label!r} {text}")
         logger.info("%s", self.notes[-1])
@@ -194,7 +206,7 @@ class _Choice:
         reason = self.failures.get(index)
         for trace in averages:
             try:
-                site = trace.edit_site(self.fraction)
+                site = self.choose.site(trace, self._members(trace))
             except TraceError as error:
                 reason = reason or error
                 continue
@@ -406,7 +418,8 @@ def locate_then_edit(
     if trace_after and corruptions is None:
         raise TraceError("a second trace needs corruptions to trace under; pass corruptions=, or trace_after=False")
     tracing = {"positions": positions, "sites": sites, "window": window, "progress": progress}
-    choice = {"per_request": per_request, "fraction": fraction}
+    given = moments if isinstance(moments, Moments) else None
+    choice = {"per_request": per_request, "fraction": fraction, "editor": editor, "moments": given}
     located = locate(vlm, requests, corruptions=corruptions, traces=traces, **choice, **tracing)
     work = EditsAtSites(vlm, requests, located.edit_sites, editor=editor, moments=moments, progress=progress)
     deltas = (work.jointly(),) if jointly else work.one_by_one()
@@ -516,8 +529,7 @@ class EditsAtSites:
 
 def editor_at(editor: EditorAt, site: EditSite) -> tuple[ClosedFormEditor, str]:
     """Return the editor at a site, its work spread over no layer below the onset, and a note if that shortens it."""
-    place = {"layer": site.layer, "token": site.token}
-    made = replace(editor, where=None, **place) if isinstance(editor, ClosedFormEditor) else editor(**place)
+    made = placed(editor, layer=site.layer, token=site.token)
     room = site.layer - site.onset + 1
     if made.spread <= room:
         return made, ""

@@ -8,6 +8,8 @@
       traces/              a run of its own, whose outcomes of all records the analysis needs before it begins
       shared/              what is made once for all records, such as the one edit of a batch, if there is any
       summary/             report.json, rows.parquet and the averages, once every record is done
+      costs.jsonl          how long the edits of an evaluation took, and the peak memory; only in this file two runs
+                           that find the same differ
       .locks/              which processes are at work
 
 A record's folder appears all at once, under a name made of the record's id and of a SHA-256 of its content, so that a
@@ -48,6 +50,7 @@ SETTINGS, RECORDS, RECORD, REPORT, ROWS = (
     "rows.parquet",
 )
 CALIBRATION, CONTENTS = "calibration.json", "contents.json"
+COSTS = "costs.jsonl"
 TRACES = "traces"
 _LAYOUT = "multrace run {} {}"
 _VERSIONS = {REPORT: 2}
@@ -220,7 +223,7 @@ class RunFolder:
         """Create the folder. Raises `RunError` if it cannot be written, or if it holds anything but a run."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            known = {SETTINGS, RECORDS, CALIBRATION, *_FOLDERS}
+            known = {SETTINGS, RECORDS, CALIBRATION, COSTS, *_FOLDERS}
             others = sorted(each.name for each in self.path.iterdir() if each.name not in known)
             others = [name for name in others if not (name.startswith(".") and name.endswith(".part"))]
             if others:

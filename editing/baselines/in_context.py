@@ -13,7 +13,8 @@ from ...models import Prompt, VisionLanguageModel
 from ..changes import Delta, EditSession, History
 from ..moments import MomentSource
 from ..requests import EditError, edited_questions, listed_requests, request_text
-from .training import DenseChange, LowRankChange, check_no_history
+from .trained_changes import DenseChange, LowRankChange
+from .training import check_no_history
 
 _LAYOUT = "multrace {} 1"
 _WORD = re.compile(r"\w+")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -263,6 +263,7 @@ class History:
         """
         fresh: dict[str, HistoryEntry] = {}
         changed: set[str] = set()
+        gaps = _Gaps({entry.name: entry for entry in self.entries}, fresh)
         for entry in self.entries:
             below = self.below(entry)
             touched = changed & below.keys()
@@ -270,7 +271,9 @@ class History:
                 changed.add(entry.name)
             elif entry.gone or touched:
                 self._check_one_weight(entry, touched)
-                fresh[entry.name] = self._solved(entry, below, fresh)
+                is_on_top = any(name in fresh for name in below)
+                left = {name: withdrawn for name, withdrawn in below.items() if name in touched}
+                fresh[entry.name] = self._solved(entry, left, gaps, on_top=is_on_top)
                 changed.add(entry.name)
             else:
                 fresh[entry.name] = entry
@@ -409,26 +412,26 @@ class History:
             )
 
     def _solved(
-        self, entry: HistoryEntry, after: Mapping[str, tuple[int, ...]], fresh: Mapping[str, HistoryEntry]
+        self, entry: HistoryEntry, touched: Mapping[str, tuple[int, ...]], gaps: _Gaps, *, on_top: bool
     ) -> HistoryEntry:
-        """The entry without its withdrawn requests, solved on top of what is left of those it was made on."""
+        """The entry without its withdrawn requests, solved on top of what is left of those it was made on.
+
+        touched: those of them that changed, with the requests that were out of them when the entry was made.
+        """
         own = entry.delta
         ((weight, change),) = own.changes.items()
         kept, left = torch.ones(change.rank, dtype=torch.bool), own.without(*entry.withdrawn)
         for index in entry.withdrawn:
             kept &= ~own.owned(index)[weight]
-        made = {each.name: each for each in self.entries if each.name in after}
-        before = [made[name].delta.without(*withdrawn) for name, withdrawn in after.items()]
-        below = [fresh[name].delta for name in after if name in fresh]
-        keys, residuals = change.keys[kept], change.residuals[kept].double()
-        lost = _moved(before, weight, keys) - _moved(below, weight, keys)
+        residuals = change.residuals[kept].double()
+        lost = gaps.moved(touched, weight, change.keys[kept])
         solved = change.resolved(kept, residuals + residuals.any(dim=-1, keepdim=True) * lost)
         delta = replace(
             left,
             changes={weight: replace(solved, owners=left.changes[weight].owners)},
-            fingerprints=own.fingerprints if below else {weight: self.base[weight]},
+            fingerprints=own.fingerprints if on_top else {weight: self.base[weight]},
         )
-        return HistoryEntry.of(entry.name, delta, step=entry.step, on_top=bool(below))
+        return HistoryEntry.of(entry.name, delta, step=entry.step, on_top=on_top)
 
     def _stored(self, entry: HistoryEntry) -> HistoryEntry:
         """The entry with its edit in a file of the folder, which without a line of the index counts for nothing."""
@@ -468,9 +471,33 @@ def load_edit(path: str | Path) -> Delta | History:
     return Delta.load(path)
 
 
-def _moved(deltas: Sequence[Delta], weight: str, keys: Tensor) -> Tensor | float:
-    """What these deltas together add to a weight's outputs at the keys."""
-    return sum(delta.changes[weight].moved(keys) for delta in deltas if weight in delta.changes)
+class _Gaps:
+    """What edits no longer add to outputs since they were solved again or dropped, each read and compared once."""
+
+    def __init__(self, made: Mapping[str, HistoryEntry], fresh: Mapping[str, HistoryEntry]) -> None:
+        """Compare edits as they were made with those that took their place in `fresh`, which may still grow."""
+        self._made, self._fresh = made, fresh
+        self._factors: dict[tuple[str, tuple[int, ...]], tuple[Tensor, Tensor] | None] = {}
+
+    def moved(self, touched: Mapping[str, tuple[int, ...]], weight: str, keys: Tensor) -> Tensor | float:
+        """Return what these edits, each without some requests, added to a weight's outputs at keys and add no more."""
+        factors = [self._of(name, withdrawn, weight) for name, withdrawn in touched.items()]
+        pairs = [pair for pair in factors if pair is not None]
+        if not pairs:
+            return 0.0
+        left, right = torch.cat([pair[0] for pair in pairs], dim=1), torch.cat([pair[1] for pair in pairs])
+        return keys.double() @ right.T @ left.T
+
+    def _of(self, name: str, withdrawn: tuple[int, ...], weight: str) -> tuple[Tensor, Tensor] | None:
+        key = name, withdrawn
+        if key not in self._factors:
+            after = [self._fresh[name].delta] if name in self._fresh else []
+            deltas = [(self._made[name].delta.without(*withdrawn), 1.0), *((delta, -1.0) for delta in after)]
+            changes = [(delta.changes[weight], sign) for delta, sign in deltas if weight in delta.changes]
+            left = [sign * change.left.double() for change, sign in changes]
+            right = [change.right.double() for change, _ in changes]
+            self._factors[key] = (torch.cat(left, dim=1), torch.cat(right)) if changes else None
+        return self._factors[key]
 
 
 def _read(history: History, index: Path) -> History:

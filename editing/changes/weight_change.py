@@ -502,6 +502,11 @@ class EditSession(Generic[Made]):
         """Return copies of the weights that the session has changed, as they are now."""
         return WeightState(weights={name: self.vlm.weight(name).detach().clone() for name in self.touched})
 
+    @property
+    def is_changed(self) -> bool:
+        """Whether the model has edits of this session at the moment."""
+        return self._handle is not None and bool(self._handle.touched)
+
     def fingerprint(self, names: Iterable[str]) -> dict[str, str]:
         """Return the hash of each weight; one that only this session has written is not read again."""
         return {name: self._known(name) or self.vlm.fingerprint([name])[name] for name in names}

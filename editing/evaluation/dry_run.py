@@ -22,7 +22,7 @@ from ..moments import MomentSource
 from ..requests import EDITED, NOT_GENERATED, EditError, answers_where_finite
 from ..solve import Editor
 from ..values import key_positions
-from .asking import checks_of, names_of
+from .checks import checks_of, names_of
 
 
 @dataclass(frozen=True, kw_only=True)

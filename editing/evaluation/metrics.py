@@ -23,6 +23,10 @@ VQA = "free generation, VQA-normalised"
 UNCHANGED = "free generation, unchanged"
 UNCHANGED_RIGHT = "free generation, unchanged, of those answered rightly before"
 SAYS_NEW = "free generation, says the new answer"
+NOT_NEW = "free generation, does not contain the new answer"
+BEGINS = "free generation, begins with the answer"
+CONTAINS = "free generation, contains the answer"
+JUDGED = "free generation, judged"
 TOKENS = "teacher-forced, tokens"
 SEQUENCE = "teacher-forced, sequence"
 HIGHER = "P(new) > P(old), length-normalised"
@@ -33,8 +37,11 @@ TOP1_WHOLE = "top-1 agreement, whole sequence"
 TOP10_WHOLE = "ordered top-10 agreement, whole sequence"
 KL = "KL(before || after), first answer position, nats"
 FLUENCY = "free generation, bi- and trigram entropy, bits"
+PERPLEXITY = "perplexity of a text"
 RANKS = 10
 """Number of most probable tokens per position that rankings hold."""
+_LARGEST = 100.0
+"""Largest mean negative log-probability per token: a broken model has some perplexity that a mean can hold."""
 _WEIGHTS = {2: 2 / 3, 3: 4 / 3}  # length of an n-gram -> weight of its entropy in ROME
 
 _ARTICLES = ("a", "an", "the")
@@ -70,6 +77,18 @@ def exact_match(generated: str, answer: str) -> bool:
 def vqa_match(generated: str, answer: str) -> bool:
     """Return whether the generated text equals the answer after both are normalised by `vqa_normalised`."""
     return vqa_normalised(generated) == vqa_normalised(answer)
+
+
+def begins_with_answer(generated: str, answer: str) -> bool:
+    """Return whether the generated text begins with the whole words of the answer, both normalised for VQA."""
+    words = vqa_normalised(answer)
+    return bool(words) and f"{vqa_normalised(generated)} ".startswith(f"{words} ")
+
+
+def contains_answer(generated: str, answer: str) -> bool:
+    """Return whether the generated text holds the whole words of the answer anywhere, both normalised for VQA."""
+    words = vqa_normalised(answer)
+    return bool(words) and f" {words} " in f" {vqa_normalised(generated)} "
 
 
 def vqa_normalised(text: str) -> str:
@@ -157,6 +176,18 @@ def kl_divergence(before: Tensor, after: Tensor) -> float:
     log_before, log_after = before.double().log_softmax(-1), after.double().log_softmax(-1)
     terms = log_before.exp() * (log_before - log_after)
     return torch.where(log_before.exp() > 0, terms, 0.0).sum().clamp(min=0).item()
+
+
+def perplexity(log_probabilities: Sequence[float]) -> float:
+    """Return the perplexity of a text: exp of the mean negative log-probability of its tokens, at least 1.
+
+    log_probabilities: natural logarithms, one for each token that is predicted. A text whose tokens have no finite
+    probability, or one below e^-100 on average, gets e^100. Raises `EditError` if there are none.
+    """
+    if not log_probabilities:
+        raise EditError("a text without predicted tokens has no perplexity; pass one of at least two tokens")
+    mean = -sum(log_probabilities) / len(log_probabilities)
+    return math.exp(mean if mean <= _LARGEST else _LARGEST)  # a nan is not below
 
 
 def ngram_entropy(tokens: Sequence[Hashable], size: int) -> float:

@@ -1,78 +1,38 @@
 """Evaluates edits beside the unedited model. Edits are made one at a time, all at once, or one on top of the other."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Self, cast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
 
-import torch
 from tqdm import tqdm
 
-from ...data.facts import EFFICACY, GENERAL, EditRecord, EditRequest, Question
-from ...models import ModelError, VisionLanguageModel
-from ..changes import Change, EditSession
+from ...data.facts import GENERAL, EditRecord, Question
+from ...models import VisionLanguageModel
+from ..changes import Change
 from ..moments import MomentSource, OwnMoments, pictures_of_requests
 from ..requests import FAILED, EditError
 from ..solve import Editor
+from .ability import AbilityTests, ability_tests
 from .asking import (
     Baseline,
-    Check,
     PromptTransform,
-    asked_together,
     baseline as measure_baseline,
-    checks_of,
-    general_checks,
-    lacking,
     measured,
-    measured_now,
-    names_of,
     seen_statuses,
     statuses_of,
     transform_of,
 )
-from .metrics import EXACT, Interval, bootstrap_interval
-from .reports import MEANS, EditCurve, EditReport, EvaluationSettings, LeftOut, ProbeRow, SequencePoint
+from .checks import Check, asked_together, checks_of, general_checks, lacking, names_of
+from .costs import CostMeter
+from .judging import Judge
+from .reports import EditReport, EvaluationSettings, LeftOut, ProbeRow
+from .sequences import NormBound, attempt, sequence_report, sequence_states
 
 logger = logging.getLogger("multrace")
 AT = (1, 10, 20, 30, 100, 200, 300, 500, 1000)
 """Numbers of edits after which a sequence is measured by default, those at which published curves have points."""
 SINGLE, BATCH, SEQUENCE = MODES = ("single", "batch", "sequence")
-
-
-@dataclass(frozen=True, kw_only=True)
-class NormBound:
-    """How far the norm of an edited weight may grow in a sequence. A norm that keeps growing ruins earlier edits.
-
-    Raises `EditError` if the growth is below 0.
-    """
-
-    growth: float = 0.1
-    """Relative growth of a weight's Frobenius norm beyond which a warning is logged; 0.1 is ten percent."""
-    stop: bool = False
-    """Whether the sequence also ends after the edit that exceeds the bound."""
-
-    def __post_init__(self) -> None:
-        if self.growth < 0:
-            raise EditError(f"the largest growth of a weight's norm is {self.growth}; pass at least 0, such as 0.1")
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class SequenceState:
-    """A sequence, measured after some number of edits: one unit of a run that can be resumed."""
-
-    point: SequencePoint
-    """The means over the rows."""
-    rows: tuple[ProbeRow, ...]
-    """All questions of the edits so far, measured by free generation only, or with all protocols if `is_last`."""
-    statuses: dict[str, str]
-    """Record -> "edited", "not generated", "nothing to do", or "failed: " and the reason, for the edits so far."""
-    left_out: tuple[LeftOut, ...]
-    """Questions that were not asked, and why."""
-    exceeded_at: int | None
-    """Number of edits at which the growth first exceeded the bound; None if it has not."""
-    is_last: bool
-    """Whether this is the state after the last edit."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,6 +47,8 @@ class RecordResult:
     """The questions about the edit, with both answers."""
     left_out: tuple[LeftOut, ...] = ()
     """Questions that were not asked, and why."""
+    seconds: float = field(default=0.0, compare=False)
+    """Time that the edit took, without the questions about it; 0 for an edit that was made before."""
 
 
 def evaluate(
@@ -98,9 +60,13 @@ def evaluate(
     moments: MomentSource = None,
     baseline: Baseline | None = None,
     general: Sequence[Question] = (),
+    texts: Sequence[str] = (),
+    cloze: Sequence[Question] = (),
     prompt_transform: PromptTransform | None = None,
     at: Sequence[int] = AT,
+    per_step: int = 1,
     norm_bound: NormBound | None = None,
+    judge: Judge | None = None,
     settings: EvaluationSettings | None = None,
     batch_size: int = 32,
     progress: bool = True,
@@ -129,12 +95,21 @@ def evaluate(
             measure them here. Pass it if several editors are evaluated on the same records.
         general: Held-out questions with their right answers, which measure general ability (modes "single" and
             "batch"); by default none. In mode "single" each of them is asked after every edit.
+        texts: Texts whose perplexity is measured, besides those that `settings.perplexity_texts` lets the unedited
+            model sample; by default none. As the cloze questions, they are asked after every edit in mode "single", and
+            at every point of a sequence.
+        cloze: Questions with right answers about facts that no edit touches, from `cloze_questions` or a file; those
+            that the unedited model answers rightly, and that no edit is meant to change, are asked in every mode. By
+            default none.
         prompt_transform: Turns each prompt into the one that the edited model is given, for changes that work in the
             prompt (mode "batch"); None for the `prompt_transform` of the change, if it has one.
-        at: Numbers of edits after which a sequence is measured by free generation. All protocols are measured after
-            the last edit.
+        at: Numbers of edits after which a sequence is measured by free generation, at the end of the step that reaches
+            them. All protocols are measured after the last edit.
+        per_step: Number of edits that a sequence makes together in one step, such as 100.
         norm_bound: How far the norm of an edited weight may grow in a sequence, and whether to stop there; None for
             the defaults of `NormBound`.
+        judge: A function judge(question, expected, answer), whose verdicts stand beside exact match
+            (`EditReport.judged`); None for none.
         settings: What is measured; None for the settings of the baseline, or the defaults without one.
         batch_size: Number of questions that are answered together; it bounds memory.
         progress: Show progress bars.
@@ -165,24 +140,46 @@ def evaluate(
         True
     """
     is_change, maker = hasattr(editor, "applied"), cast(Editor, editor)
-    _check_mode(mode, type(editor).__name__ if is_change else "", general, prompt_transform)
+    _check_mode(mode, type(editor).__name__ if is_change else "", general, prompt_transform, per_step)
     settings = _settings(settings, baseline)
     names = names_of(records)
-    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    ability = ability_tests(vlm, texts=texts, cloze=cloze, settings=settings, batch_size=batch_size)
+    ability = ability if mode == SINGLE else ability.beside(records)  # alone, an edit touches only its own questions
+    options: dict[str, Any] = {"ability": ability, "batch_size": batch_size, "progress": progress}
     if moments is None:  # nothing is sampled before an editor asks for it
         moments = OwnMoments(vlm, pictures=pictures_of_requests(records), progress=progress)
     if mode == BATCH:
-        change = cast(Change, editor) if is_change else maker.start(vlm, moments=moments).propose(records)
+        meter = CostMeter(vlm.device)
+        change = cast(Change, editor)
+        if not is_change:
+            with meter.edits(len(records)):
+                change = maker.start(vlm, moments=moments).propose(records)
         transform = prompt_transform or transform_of(change)
         options |= {"settings": settings, "reference": baseline, "transform": transform}
-        return _evaluate_batch(vlm, dict(zip(names, records, strict=True)), change, general, **options)
-    if mode == SEQUENCE:
-        reference = baseline or measure_baseline(vlm, records, settings=settings, **options)
+        report = _evaluate_batch(vlm, dict(zip(names, records, strict=True)), change, general, **options)
+        report = replace(report, cost=meter.cost())
+    elif mode == SEQUENCE:
+        known = {"settings": settings, "batch_size": batch_size, "progress": progress}
+        reference = baseline or measure_baseline(vlm, records, **known)
         bound, session = norm_bound or NormBound(), maker.start(vlm, moments=moments)
-        states = sequence_states(vlm, records, session, reference, at=at, norm_bound=bound, **options)
-        return sequence_report(vlm, states, reference, number=len(records), bound=bound.growth)
-    given = {"baseline": baseline, "general": general, "settings": settings}
-    results = [*evaluate_each(vlm, records, maker, moments=moments, **given, **options)]
+        way = {"at": at, "per_step": per_step, "norm_bound": bound}
+        states = sequence_states(vlm, records, session, reference, **way, **options)
+        report = sequence_report(vlm, states, reference, number=len(records), bound=bound.growth, per_step=per_step)
+    else:
+        given = {"baseline": baseline, "general": general, "settings": settings}
+        report = _evaluate_single(
+            vlm, evaluate_each(vlm, records, maker, moments=moments, **given, **options), settings
+        )
+    return report if judge is None else report.judged(judge)
+
+
+def _evaluate_single(
+    vlm: VisionLanguageModel, results: Iterable[RecordResult], settings: EvaluationSettings
+) -> EditReport:
+    """Return the report on edits that are made one at a time, in the order of their results."""
+    meter = CostMeter(vlm.device)
+    results = [*results]
+    meter.seconds += [result.seconds for result in results]
     return EditReport.of(
         vlm,
         SINGLE,
@@ -190,6 +187,7 @@ def evaluate(
         [row for result in results for row in result.rows],
         statuses={result.record: result.status for result in results},
         left_out=tuple(each for result in results for each in result.left_out),
+        cost=meter.cost(),
     )
 
 
@@ -201,6 +199,7 @@ def evaluate_each(
     moments: MomentSource = None,
     baseline: Baseline | None = None,
     general: Sequence[Question] = (),
+    ability: AbilityTests | None = None,
     settings: EvaluationSettings | None = None,
     batch_size: int = 32,
     progress: bool = True,
@@ -219,6 +218,7 @@ def evaluate_each(
         baseline: The responses of the unedited model to all questions, from `baseline` with the same settings; None to
             ask the unedited model about each record.
         general: Held-out questions with their right answers, which are asked after every edit; by default none.
+        ability: Texts and cloze questions of `ability_tests`, which are asked after every edit; None for none.
         settings: What is measured; None for the settings of the baseline, or the defaults without one.
         batch_size: Number of questions that are answered together; it bounds memory.
         progress: Show a progress bar.
@@ -243,24 +243,18 @@ def evaluate_each(
         winner edited Pruro
     """
     settings, session = _settings(settings, baseline), editor.start(vlm, moments=moments)
-    options = {"settings": settings, "reference": baseline, "batch_size": batch_size}
+    options = {"ability": ability, "settings": settings, "reference": baseline, "batch_size": batch_size}
     ids: set[str] = set()
     for index, record in enumerate(tqdm(records, desc="edits, one at a time", unit="edit", disable=not progress)):
         name = record.id or str(index)
         if name in ids:
             raise EditError(f"two records have the id {name!r}; give each one its own, or none an id")
         ids.add(name)
-        change, status = _attempt(session.propose, record)
-        yield measured_edit(vlm, name, record, change, status, general=general, **options)
-
-
-def _attempt(make: Callable[[Sequence[EditRequest]], Change], request: EditRequest) -> tuple[Change | None, str]:
-    """The change for one request and its status; the change is None if it could not be made."""
-    try:
-        change = make([request])
-    except (EditError, ModelError) as error:
-        return None, f"{FAILED}: {error}"
-    return change, statuses_of(change, 1)[0]
+        meter = CostMeter(vlm.device)
+        with meter.edits(1):
+            change, (status,) = attempt(session.propose, [record])
+        result = measured_edit(vlm, name, record, change, status, general=general, **options)
+        yield replace(result, seconds=meter.seconds[0])
 
 
 def measured_edit(
@@ -271,6 +265,7 @@ def measured_edit(
     status: str,
     *,
     general: Sequence[Question] = (),
+    ability: AbilityTests | None = None,
     settings: EvaluationSettings,
     reference: Baseline | None = None,
     batch_size: int,
@@ -284,6 +279,7 @@ def measured_edit(
         change: The change that makes the edit; None for an edit that could not be made.
         status: Status of the edit, such as "edited" or "failed: " and the reason.
         general: Held-out questions with their right answers; by default none.
+        ability: Texts and cloze questions of `ability_tests`; None for none.
         settings: What is measured.
         reference: The responses of the unedited model to all these questions; None to ask it here.
         batch_size: Number of questions that are answered together; it bounds memory.
@@ -315,6 +311,7 @@ def measured_edit(
     asked = [check for check in checks if not lacking(check, edited)]
     options = {"settings": settings, "reference": reference, "batch_size": batch_size}
     rows = measured(vlm, asked, change, transform=transform_of(change), **options)
+    rows += () if ability is None else ability.beside([record]).rows_with(vlm, change, record=name)
     return RecordResult(record=name, status=seen_statuses({name: status}, rows)[name], rows=rows, left_out=left_out)
 
 
@@ -324,6 +321,7 @@ def _evaluate_batch(
     change: Change,
     general: Sequence[Question],
     *,
+    ability: AbilityTests,
     settings: EvaluationSettings,
     **options: Any,
 ) -> EditReport:
@@ -331,8 +329,9 @@ def _evaluate_batch(
     statuses = dict(zip(records, statuses_of(change, len(records)), strict=True))
     edited = [name for name, status in statuses.items() if not status.startswith(FAILED)]
     checks, left_out = _asked(records, edited, general)
-    rows = measured(vlm, checks, change, settings=settings, **options)
-    return EditReport.of(vlm, BATCH, settings, rows, statuses=seen_statuses(statuses, rows), left_out=left_out)
+    rows = measured(vlm, checks, change, settings=settings, **options) + ability.rows_with(vlm, change)
+    parts = {"statuses": seen_statuses(statuses, rows), "left_out": left_out, "step": len(records)}
+    return EditReport.of(vlm, BATCH, settings, rows, **parts)
 
 
 def batch_checks(
@@ -371,7 +370,9 @@ def _asked(
     return asked_together([*every, *general_checks(general)], records, edited)
 
 
-def _check_mode(mode: str, change: str, general: Sequence[Question], prompt_transform: PromptTransform | None) -> None:
+def _check_mode(
+    mode: str, change: str, general: Sequence[Question], prompt_transform: PromptTransform | None, per_step: int
+) -> None:
     """Raise `EditError` if the arguments do not fit the mode. change: class of a given change; "" for an editor."""
     if mode not in MODES:
         raise EditError(f"no evaluation mode {mode!r}; pass one of {', '.join(map(repr, MODES))}")
@@ -382,8 +383,17 @@ def _check_mode(mode: str, change: str, general: Sequence[Question], prompt_tran
         )
     if general and mode == SEQUENCE:
         raise EditError("general questions are asked in modes 'single' and 'batch'; leave them out of a sequence")
+    check_step(per_step)
+    if per_step > 1 and mode != SEQUENCE:
+        raise EditError(f"per_step={per_step} belongs to mode 'sequence'; mode {mode!r} has a step size of its own")
     if prompt_transform is not None and mode != BATCH:
         raise EditError(f"prompt_transform belongs to mode 'batch'; in mode {mode!r} each change brings its own")
+
+
+def check_step(per_step: int) -> None:
+    """Raise `EditError` unless a step makes a whole number of edits, at least 1."""
+    if type(per_step) is not int or per_step < 1:
+        raise EditError(f"per_step is {per_step!r}; pass the number of edits per step, a whole number of at least 1")
 
 
 def _settings(settings: EvaluationSettings | None, baseline: Baseline | None) -> EvaluationSettings:
@@ -393,233 +403,3 @@ def _settings(settings: EvaluationSettings | None, baseline: Baseline | None) ->
             f"the baseline was measured with {baseline.settings}, not {settings}; pass the same settings to baseline()"
         )
     return settings or (EvaluationSettings() if baseline is None else baseline.settings)
-
-
-class SequenceSteps:
-    """Edits that are made one on top of the other and measured on the way.
-
-    A `with` begins and ends the session: inside the block the model has all edits so far, and on any exit it is
-    bit-equal to before.
-
-    Args:
-        vlm: The unedited model.
-        session: The session that makes the edits; it must not have begun.
-        reference: The responses of the unedited model to all questions.
-        norm_bound: How far the norm of an edited weight may grow, and whether to stop there.
-    """
-
-    def __init__(
-        self, vlm: VisionLanguageModel, session: EditSession, reference: Baseline, *, norm_bound: NormBound
-    ) -> None:
-        self.vlm, self.session, self.reference, self.norm_bound = vlm, session, reference, norm_bound
-        self.records: dict[str, EditRecord] = {}
-        self.statuses: dict[str, str] = {}
-        self.edited: set[str] = set()
-        """Ids of the records whose edits are in the model."""
-        self.worked: dict[str, bool] = {}
-        """Record -> whether its question got the target right after its edit."""
-        self.growth = 0.0
-        """Largest relative growth of the norm of any edited weight after any edit so far."""
-        self.exceeded_at: int | None = None
-        self._before: dict[str, float] = {}
-
-    def __enter__(self) -> Self:
-        self.session.__enter__()
-        self._before = _norms(self.vlm, _matrices(self.vlm))
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.session.__exit__(*error)
-
-    @property
-    def count(self) -> int:
-        """Number of edits so far, those that failed included."""
-        return len(self.records)
-
-    @property
-    def is_stopped(self) -> bool:
-        """Whether the sequence has to end because the norm of a weight has exceeded the bound."""
-        return self.norm_bound.stop and self.exceeded_at is not None
-
-    def make(self, record: EditRecord, *, batch_size: int) -> tuple[Change | None, dict[str, Any]]:
-        """Make one edit on top of the others, and return its change (None if it failed) and its row of a table.
-
-        The model keeps the edit. `restore` takes both values in a later process. The record needs an id. Raises
-        `EditError` for an editor that works in the prompt.
-        """
-        name = record.id
-        change, status = _attempt(self.session.edit, record)
-        if self.session.prompt_transform is not None:
-            raise EditError("an edit that works in the prompt has no sequence; pass mode='single' or mode='batch'")
-        self.records[name], self.statuses[name] = record, status
-        if change is not None:
-            self.edited.add(name)
-            self.growth = max(self.growth, _growth(self.vlm, change, self._before))
-        own = next(checks_of(name, record))
-        (row,) = measured_now(self.vlm, [own], self.reference, settings=self.reference.settings, batch_size=batch_size)
-        self.worked[name] = row.numbers[EXACT][1] == 1
-        self._watch()
-        said = {"question": row.question, "target": row.new, "status": status, "before": row.before, "after": row.after}
-        return change, said | {"worked": self.worked[name], "growth": self.growth}
-
-    def restore(self, record: EditRecord, change: Change | None, row: Mapping[str, Any]) -> None:
-        """Put an edit that `make` made in an earlier process into the model; edits are restored in their order."""
-        self.records[record.id], self.statuses[record.id] = record, row["status"]
-        if change is not None:
-            self.session.adopt([record], change)
-            self.edited.add(record.id)
-        self.worked[record.id], self.growth = row["worked"], row["growth"]
-        if self.exceeded_at is None and self.growth > self.norm_bound.growth:
-            self.exceeded_at = self.count
-
-    def measure(self, *, batch_size: int) -> SequenceState:
-        """Return the state after the edits so far, measured by free generation on all their questions."""
-        checks, left_out = self._checks()
-        settings = self.reference.settings
-        rows = measured_now(self.vlm, checks, self.reference, settings=settings, batch_size=batch_size)
-        return self._state(rows, left_out, is_last=False)
-
-    def finish(self, stack: ExitStack, *, batch_size: int, progress: bool = False) -> SequenceState:
-        """Return the last state with all protocols. It ends the session by closing `stack`, which entered this object.
-
-        The unedited model can then be asked too; the edited weights are put back while the edited half is measured.
-        """
-        edited = self.session.state()
-        stack.close()
-        checks, left_out = self._checks()
-        options = {"settings": self.reference.settings, "reference": self.reference, "batch_size": batch_size}
-        rows = measured(self.vlm, checks, edited, progress=progress, **options)
-        return self._state(rows, left_out, is_last=True)
-
-    def _checks(self) -> tuple[tuple[Check, ...], tuple[LeftOut, ...]]:
-        """The questions of the edits so far to ask, and those that cannot be judged while all these edits are made."""
-        every = (check for name, record in self.records.items() for check in checks_of(name, record))
-        return asked_together(every, self.records, self.edited)
-
-    def _state(self, rows: Sequence[ProbeRow], left_out: Sequence[LeftOut], *, is_last: bool) -> SequenceState:
-        return SequenceState(
-            point=self._point(rows),
-            rows=tuple(rows),
-            statuses=seen_statuses(self.statuses, rows),
-            left_out=tuple(left_out),
-            exceeded_at=self.exceeded_at,
-            is_last=is_last,
-        )
-
-    def _point(self, rows: Sequence[ProbeRow]) -> SequencePoint:
-        holds = {row.record: row.numbers[EXACT][1] == 1 for row in rows if row.aspect == EFFICACY}
-        worked = [name for name, has_worked in self.worked.items() if has_worked]
-        first, seed = next(iter(self.worked)), self.reference.settings.seed
-        return SequencePoint(
-            edits=self.count,
-            first_holds=holds[first] if self.worked[first] else None,
-            retention=sum(holds[name] for name in worked) / len(worked) if worked else float("nan"),
-            growth=self.growth,
-            **{name: _mean(rows, name, seed) for name in MEANS},
-        )
-
-    def _watch(self) -> None:
-        if self.exceeded_at is None and self.growth > self.norm_bound.growth:
-            self.exceeded_at = self.count
-            logger.warning(
-                "after %d edits the norm of an edited weight has grown by %.1f %%, more than %.1f %%; "
-                "expect earlier edits and other answers to suffer; fewer edits, a larger ridge or a clamp may help",
-                *(self.count, 100 * self.growth, 100 * self.norm_bound.growth),
-            )
-
-
-def sequence_states(
-    vlm: VisionLanguageModel,
-    records: Sequence[EditRecord],
-    session: EditSession,
-    reference: Baseline,
-    *,
-    at: Sequence[int],
-    norm_bound: NormBound,
-    batch_size: int,
-    progress: bool,
-) -> Iterator[SequenceState]:
-    """Yield the state of a sequence after each number of edits in `at`, and after the last edit.
-
-    All questions of the edits so far are asked by free generation, and with all protocols after the last edit. The
-    model has the edits so far whenever a state but the last is yielded, and ends bit-equal to how it began.
-
-    Args:
-        vlm: The unedited model.
-        records: The edits in order, with the questions about them.
-        session: The session that makes the edits, which begins and ends here.
-        reference: The responses of the unedited model to all questions.
-        at: Numbers of edits after which to measure.
-        norm_bound: How far the norm of an edited weight may grow, and whether to stop there.
-        batch_size: Number of questions that are answered together; it bounds memory.
-        progress: Show progress bars.
-
-    Raises:
-        EditError: There are no records, two records have the same id, the reference lacks a question, or the editor
-            works in the prompt.
-    """
-    names = names_of(records)
-    steps = SequenceSteps(vlm, session, reference, norm_bound=norm_bound)
-    with ExitStack() as stack:
-        stack.enter_context(steps)
-        bar = tqdm(records, desc="edits in sequence", unit="edit", disable=not progress)
-        for name, record in zip(names, bar, strict=True):
-            steps.make(replace(record, id=name), batch_size=batch_size)
-            if steps.count == len(records) or steps.is_stopped:
-                break
-            if steps.count in at:
-                yield steps.measure(batch_size=batch_size)
-        yield steps.finish(stack, batch_size=batch_size, progress=progress)
-
-
-def sequence_report(
-    vlm: VisionLanguageModel, states: Iterable[SequenceState], reference: Baseline, *, number: int, bound: float
-) -> EditReport:
-    """Return the report on the last state, with a curve of the points of all states.
-
-    Args:
-        vlm: The model; only its name and revision are read.
-        states: At least one state, in order. They are read one by one, and only the last one is kept whole.
-        reference: The responses of the unedited model, whose settings the report gets.
-        number: Number of records of the sequence; with fewer edits in the last state, the curve says it was stopped.
-        bound: Relative growth of a weight's norm beyond which a warning is logged.
-    """
-    points: list[SequencePoint] = []
-    for last in states:
-        points.append(last.point)
-    edits = last.point.edits
-    curve = EditCurve(
-        model=vlm.name,
-        revision=vlm.revision,
-        points=tuple(points),
-        statuses=last.statuses,
-        bound=bound,
-        exceeded_at=last.exceeded_at,
-        stopped_at=edits if edits < number else None,
-    )
-    parts = {"statuses": last.statuses, "left_out": last.left_out, "curve": curve}
-    return EditReport.of(vlm, "sequence", reference.settings, last.rows, **parts)
-
-
-def _matrices(vlm: VisionLanguageModel) -> list[str]:
-    return [name for name, weight in vlm.named_parameters() if weight.ndim > 1 and weight.is_floating_point()]
-
-
-@torch.no_grad()
-def _norms(vlm: VisionLanguageModel, names: Iterable[str]) -> dict[str, float]:
-    """The Frobenius norms of the weights by name, summed in float64."""
-    return {name: torch.linalg.vector_norm(vlm.weight(name), dtype=torch.float64).item() for name in names}
-
-
-def _growth(vlm: VisionLanguageModel, change: Change, norms: dict[str, float]) -> float:
-    """The largest relative growth since the start among the weights that the change may have touched."""
-    touched = getattr(change, "fingerprints", norms)  # all weights if the change does not name its own
-    names = [name for name in touched if name in norms]
-    return max((norm / norms[name] - 1 for name, norm in _norms(vlm, names).items() if norms[name] > 0), default=0.0)
-
-
-def _mean(rows: Sequence[ProbeRow], aspect: str, seed: int) -> Interval:
-    chosen = [row for row in rows if row.aspect == aspect and MEANS[aspect] in row.numbers]
-    return bootstrap_interval(
-        [row.numbers[MEANS[aspect]][1] for row in chosen], [row.record for row in chosen], seed=seed
-    )

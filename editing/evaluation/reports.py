@@ -1,40 +1,33 @@
 """The results of an evaluation: every question with the answers of both models, and the means that follow from them."""
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-import numpy as np
-import torch
-
-from ...artefacts import ArtefactError, Result, drawing, files, from_plain
-from ...artefacts.drawing.styles import DASH_DOT, DASHED, DOTTED, LineStyle
-from ...data.facts import ASPECTS, EDITED, EFFICACY, GENERALITY, KINDS, LOCALITY, counted
+from ...artefacts import ArtefactError, Result, drawing, files
+from ...data.facts import ABILITY, ASPECTS, EDITED, EFFICACY, GENERALITY, GIVEN_TEXT, KINDS, LOCALITY, OWN_TEXT, counted
 from ...models import VisionLanguageModel
 from ..requests import FAILED, NOT_GENERATED, EditError
-from .metrics import EXACT, SPLITS, UNCHANGED, Interval, bootstrap_interval, split_of
+from .costs import EditCost
+from .curves import MEANS, STYLES, EditCurve, aligned, loaded
+from .judging import Judge, Verdicts
+from .metrics import EXACT, JUDGED, NOT_NEW, PERPLEXITY, SPLITS, UNCHANGED, Interval, bootstrap_interval, split_of
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-_Kind = TypeVar("_Kind")
 
 ALL = "all"
-MEANS = {"efficacy": EXACT, "generality": EXACT, "locality": UNCHANGED}
-"""What is measured at every point of a sequence -> its protocol."""
-_STYLES = {
-    "efficacy": LineStyle(colour="#0072B2", marker="o"),
-    "generality": LineStyle(colour="#009E73", dashes=DASH_DOT, marker="^"),
-    "locality": LineStyle(colour="#E69F00", dashes=DASHED, marker="s"),
-    "retention": LineStyle(colour="#CC79A7", dashes=DOTTED, marker="D"),
-}
-_HEADLINES = (EXACT, UNCHANGED)
+_DRAWN = (EXACT, UNCHANGED)
+_HEADLINES = (*_DRAWN, NOT_NEW, PERPLEXITY)
 Pair = tuple[float, float]
 """One number for the unedited model and the same number for the edited model."""
+TEXTS = (OWN_TEXT, GIVEN_TEXT)
+"""Kinds of rows that are texts and no questions."""
+_ORDER = {kind: place for place, kind in enumerate(KINDS)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +37,22 @@ class EvaluationSettings:
     forced: bool = True
     """Also measure how the model predicts given answers (teacher forcing), which about doubles the time. False
     measures free generation only."""
-    max_new_tokens: int = 16
-    """Maximum length of a free answer in tokens."""
+    max_new_tokens: int = 32
+    """Maximum length of a free answer in tokens. An answer ends where the model ends it, so that this is no length that
+    is expected; it is not derived from the target's, since a model that goes on after the target has another answer."""
     fluency_tokens: int = 0
     """Maximum length in tokens of the answers to edited questions whose fluency is measured; 0 skips fluency."""
+    perplexity_texts: int = 0
+    """Number of texts that are sampled from the unedited model and whose perplexity is measured before and after the
+    edits (general ability); 0 samples none."""
+    perplexity_tokens: int = 64
+    """Maximum length of such a text in tokens."""
     seed: int = 0
-    """Random seed of the bootstrap intervals, at least 0."""
+    """Random seed of the bootstrap intervals and of the sampled texts, at least 0."""
 
     def __post_init__(self) -> None:
-        for name, least in {"max_new_tokens": 1, "fluency_tokens": 0, "seed": 0}.items():
+        lowest = {"max_new_tokens": 1, "fluency_tokens": 0, "perplexity_texts": 0, "perplexity_tokens": 2, "seed": 0}
+        for name, least in lowest.items():
             if getattr(self, name) < least:
                 raise EditError(f"EvaluationSettings got {name}={getattr(self, name)}; pass at least {least}")
 
@@ -102,6 +102,11 @@ class ProbeRow:
         """The property of an edit that the question measures, one of `data.facts.ASPECTS`."""
         return KINDS[self.kind][0]
 
+    @property
+    def stays(self) -> bool:
+        """Whether its answer should be the same after the edit."""
+        return self.aspect in (LOCALITY, ABILITY)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EditScore:
@@ -117,145 +122,6 @@ class EditScore:
     """The mean for the unedited model."""
     after: Interval
     """The mean for the edited model."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SequencePoint:
-    """The state of a sequence after some number of edits: all questions of these edits, measured together."""
-
-    edits: int
-    """Number of edits so far, those that failed included."""
-    efficacy: Interval
-    """Share of edited questions that are answered with their targets ("free generation, exact match")."""
-    generality: Interval
-    """The same share for the probes of generality."""
-    locality: Interval
-    """Share of probes of locality whose answers are those of the unedited model ("free generation, unchanged")."""
-    first_holds: bool | None
-    """Whether the question of the first edit still gets its target; None if it did not right after the edit."""
-    retention: float
-    """Of the edits whose question got its target right after the edit, the share for which it still does; NaN if there
-    are none."""
-    growth: float
-    """Largest relative growth of the Frobenius norm of any edited weight after any edit so far; 0.1 is ten percent."""
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Return the point from the plain values of its fields. Raises `EditError` if some are missing or wrong."""
-        return _loaded(cls, "a point of a sequence", content)
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class EditCurve(Result):
-    """The course of a sequence of edits, each made on top of the earlier ones.
-
-    It is part of the report of `evaluate(mode="sequence")` and is saved as JSON.
-    """
-
-    layout: ClassVar[str] = "multrace edit curve 4"
-
-    model: str
-    """Name or path of the model."""
-    revision: str | None
-    """Revision of the model; None if it has none."""
-    points: tuple[SequencePoint, ...]
-    """The measurements, in order of the number of edits."""
-    statuses: Mapping[str, str]
-    """Record -> "edited", "not generated", "nothing to do", or "failed: " and the reason, at the last point."""
-    bound: float
-    """Relative growth of a weight's norm beyond which a warning is logged."""
-    exceeded_at: int | None
-    """Number of edits at which the growth first exceeded the bound; None if it never did."""
-    stopped_at: int | None = None
-    """Number of edits after which the sequence was stopped because of that; None if it went on to its end."""
-
-    def _lines(self) -> tuple[str, str]:
-        edits, points = counted(len(self.statuses), "edit"), counted(len(self.points), "point")
-        line = f"EditCurve of {self.model!r}: {edits} in sequence, measured at {points}"
-        if not self.points:
-            return line, "no point was measured"
-        last = self.points[-1]
-        means = {name: getattr(last, name).mean for name in MEANS}
-        shown = "".join(f"{name} {mean:.0%}, " for name, mean in means.items() if not math.isnan(mean))
-        return line, f"after {last.edits}: {shown}norm growth {last.growth:+.1%}"
-
-    def to_dataframe(self) -> "pd.DataFrame":
-        """Return a table with one row per point: the number of edits, then mean, low and high of each measure.
-
-        The last columns are `first_holds`, `retention` and `growth`.
-        """
-        import pandas as pd
-
-        return pd.DataFrame(
-            {
-                "edits": point.edits,
-                **{
-                    f"{name}{end}": getattr(getattr(point, name), part)
-                    for name in MEANS
-                    for end, part in (("", "mean"), ("_low", "low"), ("_high", "high"))
-                },
-                **{name: getattr(point, name) for name in ("first_holds", "retention", "growth")},
-            }
-            for point in self.points
-        )
-
-    def summary(self) -> str:
-        """Return the points as a text table, one line each; shares are in percent, with their 95 % intervals.
-
-        Below it come the edits that failed, and where the norm of a weight exceeded the bound.
-        """
-        titles = (f"{name} ({protocol})" for name, protocol in MEANS.items())
-        lines: list[tuple[object, ...]] = [("edits", *titles, "first edit", "retention", "norm growth")]
-        for point in self.points:
-            bands = (getattr(point, name) for name in MEANS)
-            shares = (f"{100 * each.mean:.1f} ({100 * each.low:.1f} to {100 * each.high:.1f})" for each in bands)
-            first = {None: "never held", True: "holds", False: "lost"}[point.first_holds]
-            lines.append((point.edits, *shares, first, f"{100 * point.retention:.1f}", f"{point.growth:+.2%}"))
-        tail = [f"{name}: {status}" for name, status in self.statuses.items() if status.startswith(FAILED)]
-        if self.exceeded_at is not None:
-            tail.append(f"the norm of an edited weight had grown by more than {self.bound:.0%} at {self.exceeded_at}")
-        return "\n".join([*aligned(lines), *tail])
-
-    def plot(self, path: str | Path | None = None) -> "Figure":
-        """Return a figure of each measure against the number of edits, with 95 % bands.
-
-        Measures for which no questions were asked are left out. The figure is also written to the path if one is given
-        (png, pdf or svg). Raises `ArtefactError` if that fails.
-        """
-        edits = torch.tensor([point.edits for point in self.points], dtype=torch.float64)
-        curves = []
-        for name, style in _STYLES.items():
-            values = [getattr(point, name) for point in self.points]
-            label = f"{name}: {MEANS[name]}" if name in MEANS else "retention: still as right after the edit"
-            parts = {"y": [value.mean if name in MEANS else value for value in values]}
-            if name in MEANS:
-                parts |= {end: [getattr(value, end) for value in values] for end in ("low", "high")}
-            tensors = {part: 100 * torch.tensor(numbers, dtype=torch.float64) for part, numbers in parts.items()}
-            if not tensors["y"].isnan().all():  # else nothing of that kind was asked
-                curves.append(drawing.Curve(label=label, x=edits, style=style, **tensors))
-        failed = sum(status.startswith(FAILED) for status in self.statuses.values())
-        titles = (f"{len(self.statuses)} edits in sequence", f"{self.model}" + (f"; {failed} failed" if failed else ""))
-        panel = drawing.CurvePanel(curves=curves, x_label="edits in sequence")
-        figure = drawing.curves_figure([panel], titles=titles, y_label="share of questions, %", reference=None)
-        (axes,) = figure.axes
-        axes.set_ylim(-2, 102)
-        if len(edits) > 1 and edits[-1] > 10 * edits[0]:
-            axes.set_xscale("log")
-        axes.set_xticks(edits.tolist(), [f"{count:.0f}" for count in edits])
-        axes.minorticks_off()
-        return drawing.finished(figure, path)
-
-    def save(self, path: str | Path) -> Path:
-        """Write the curve as a JSON file with a digest, completely or not at all, and return the path.
-
-        Raises `EditError` if the file cannot be written.
-        """
-        return files.write_json(path, self.layout, asdict(self), error=EditError)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Return the curve that `save` wrote. Raises `EditError` if the file is missing, damaged or of another kind."""
-        return _loaded(cls, path, files.read_json(path, cls.layout, error=EditError))
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -277,7 +143,7 @@ class EditReport(Result):
         (0.0, 1.0)
     """
 
-    layout: ClassVar[str] = "multrace edit report 5"
+    layout: ClassVar[str] = "multrace edit report 6"
 
     model: str
     """Name or path of the model."""
@@ -297,8 +163,13 @@ class EditReport(Result):
     """Questions that were not asked, since their answers depend on edits that are, or are not, in the model."""
     curve: EditCurve | None = None
     """The measurements during the sequence; None in the other modes."""
+    step: int = 1
+    """Number of edits that are made together: 1 in mode "single", all of them in mode "batch", and at most so many at a
+    time in mode "sequence". A method that makes one edit per step has a harder task than one that makes a hundred."""
+    cost: EditCost | None = field(default=None, compare=False)
+    """Time per edit and peak memory, as measured in this run; None where nothing was measured."""
     seed: int = 0
-    """Random seed of the bootstrap intervals, at least 0."""
+    """Random seed of the bootstrap intervals and of the sampled texts, at least 0."""
 
     @classmethod
     def of(
@@ -337,7 +208,8 @@ class EditReport(Result):
             if any(row.aspect == aspect and protocol in row.numbers for row in self.rows):
                 score = self.score(aspect, protocol)
                 shown.append(f"{aspect} {score.after.mean:.0%} (unedited {score.before.mean:.0%})")
-        return f"{line}, {counted(len(self.rows), 'question')}", ", ".join(shown)
+        questions = sum(row.kind not in TEXTS for row in self.rows)
+        return f"{line}, {counted(questions, 'question')}", ", ".join(shown)
 
     def scores(self) -> tuple[EditScore, ...]:
         """Return the mean of every protocol with its 95 % interval (bootstrap by record), by aspect and kind.
@@ -347,9 +219,10 @@ class EditReport(Result):
         found = []
         for aspect in ASPECTS:
             own = [row for row in self.rows if row.aspect == aspect]
-            names = [name for kind in KINDS for name in dict.fromkeys(map(_name, own)) if name.split(",")[0] == kind]
+            ordered = sorted(own, key=lambda row: (_ORDER[row.kind], row.hops or 0))
+            names = [*dict.fromkeys(map(_name, ordered))]
             groups = {ALL: own} if own else {}
-            if len(names) > 1:
+            if len(names) > 1 or any(row.hops is not None for row in own):
                 groups |= {name: [row for row in own if _name(row) == name] for name in names}
             for kind, rows in groups.items():
                 protocols = dict.fromkeys(protocol for row in rows for protocol in row.numbers)
@@ -410,8 +283,8 @@ class EditReport(Result):
         return {name: said[name] for name, status in self.statuses.items() if status == NOT_GENERATED}
 
     def generations(self) -> tuple[Mapping[str, Any], ...]:
-        """Return the rows without their numbers as plain values, so that each can be written as one line of JSON."""
-        rows = (asdict(row) | {"pictures": list(row.pictures)} for row in self.rows)
+        """Return the questions without their numbers as plain values, so that each can be one line of JSON."""
+        rows = (asdict(row) | {"pictures": list(row.pictures)} for row in self.rows if row.kind not in TEXTS)
         return tuple({key: value for key, value in row.items() if key != "numbers"} for row in rows)
 
     def to_dataframe(self) -> "pd.DataFrame":
@@ -436,7 +309,8 @@ class EditReport(Result):
     def summary(self, *, protocols: Iterable[str] | None = None) -> str:
         """Return the scores as a text table, one line each, with the unedited model beside the edited one.
 
-        Shares are in percent. Below it come the kinds of success, and the edits that failed or are not generated.
+        Shares are in percent. Below it come the step size and the cost, the kinds of success, and the edits that failed
+        or are not generated.
 
         protocols: names of the protocols to show; None for all.
         """
@@ -449,7 +323,7 @@ class EditReport(Result):
             texts = [_text(score.protocol, value) for value in (score.before.mean, after.mean, after.low, after.high)]
             band = f"{texts[2]} to {texts[3]}"
             lines.append((score.aspect, score.kind, score.protocol, *texts[:2], band, after.number, after.records))
-        tail = []
+        tail = [f"{counted(self.step, 'edit')} per step" + (f"; {self.cost}" if self.cost is not None else "")]
         if splits := self.splits():
             shares = ", ".join(f"{name} {share:.1%}" for name, share in self.split_shares().items())
             tail.append(f"of {len(splits)} successful edits with probes of generality and locality: {shares}")
@@ -462,7 +336,7 @@ class EditReport(Result):
         return "\n".join([*aligned(lines), *tail])
 
     def headlines(self) -> str:
-        """Return the table of `summary` with the two headline protocols of free generation only."""
+        """Return the table of `summary` with the headlines only: exact match, unchanged answers, and perplexity."""
         return self.summary(protocols=_HEADLINES)
 
     def plot(self, path: str | Path | None = None) -> "Figure":
@@ -471,14 +345,14 @@ class EditReport(Result):
         The figure is also written to the path if one is given (png, pdf or svg). Raises `ArtefactError` if that fails,
         or if no question was asked.
         """
-        scores = [score for score in self.scores() if score.protocol in _HEADLINES]
+        scores = [score for score in self.scores() if score.protocol in _DRAWN]
         if not scores:
             raise ArtefactError("the report has no questions to draw; evaluate at least one record")
         labels = [f"{score.aspect}, {score.kind}: {score.protocol}" for score in scores]
         titles = (f"{counted(len(self.statuses), 'edit')}, mode {self.mode!r}", self.model)
         figure, body = drawing.titled_figure(9.5, 1.2 + 0.3 * len(scores), titles)
         axes = body.subplots()
-        for state, offset, style in (("before", -0.14, _STYLES["retention"]), ("after", 0.14, _STYLES["efficacy"])):
+        for state, offset, style in (("before", -0.14, STYLES["retention"]), ("after", 0.14, STYLES["efficacy"])):
             for place, score in enumerate(scores):
                 interval = getattr(score, state)
                 line = {"color": style.colour, "marker": style.marker, "linestyle": "none"}
@@ -491,6 +365,36 @@ class EditReport(Result):
         axes.legend(frameon=False)
         drawing.dress(axes, x_label="share of questions, %")
         return drawing.finished(figure, path)
+
+    def judged(self, judge: Judge) -> Self:
+        """Return the report with a judge's verdicts beside exact match, under "free generation, judged".
+
+        The answers of both models to every question with an expected answer are judged: against the answer that should
+        come with the edit, or, where the answer should stay, against the present one. A judge that raises an error or
+        returns something else than a truth value or a number from 0 to 1 costs the row in question its verdict; a
+        warning says how many. The report keeps the judge's name (in `settings`), and no code.
+
+        judge: A function judge(question, expected, answer), such as a local language model that compares them.
+
+        Example:
+            >>> import multrace as mt
+            >>> from multrace.data import tiny_vlm_path
+            >>> vlm = mt.load(tiny_vlm_path())
+            >>> record = mt.EditRecord(question=mt.Question(text="Who won?"), target="Pruro", id="winner")
+            >>> report = mt.evaluate(vlm, [record], mt.MultEdit(layer=5, steps=25), progress=False)
+            >>> judged = report.judged(lambda question, expected, answer: answer.lower() == expected.lower())
+            >>> judged.score("efficacy", "free generation, judged").after.mean
+            1.0
+        """
+        verdicts = Verdicts(judge)
+        rows = []
+        for row in self.rows:
+            pair = None
+            if row.kind not in TEXTS:
+                pair = verdicts.of(row.question, row.old if row.stays else row.new, (row.before, row.after))
+            rows.append(row if pair is None else replace(row, numbers={**row.numbers, JUDGED: pair}))
+        verdicts.warn()
+        return replace(self, rows=tuple(rows), settings={**self.settings, "judge": verdicts.name})
 
     def save(self, path: str | Path) -> Path:
         """Write rows and scores as a JSON file with a digest, completely or not at all, and return the path.
@@ -508,7 +412,7 @@ class EditReport(Result):
         """
         content = files.read_json(path, cls.layout, error=EditError)
         content.pop("scores", None)  # they follow from the rows
-        report = _loaded(cls, path, content)
+        report = loaded(cls, path, content)
         if problem := report._problem():
             raise EditError(f"the report in {str(path)!r} has {problem}; evaluate again")
         return report
@@ -529,23 +433,8 @@ class EditReport(Result):
         return EditScore(aspect=aspect, kind=kind, protocol=protocol, before=means[0], after=means[1])
 
 
-def aligned(lines: Sequence[Sequence[object]]) -> list[str]:
-    """Return one line of text per row of cells; each column is as wide as its longest cell."""
-    cells = [[str(cell) for cell in line] for line in lines]
-    widths = np.max([[len(cell) for cell in line] for line in cells], axis=0)
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-
-
-def _loaded(kind: type[_Kind], source: str | Path, content: Mapping[str, Any]) -> _Kind:
-    """Return a report or a curve from its plain values. Raises `EditError` if they do not have the right types."""
-    try:
-        return from_plain(kind, content)
-    except (KeyError, TypeError, ValueError) as error:
-        raise EditError(f"'{source}' holds no whole {kind.__name__} ({str(error)[:200]}); evaluate again") from error
-
-
 def _name(row: ProbeRow) -> str:
-    return row.kind if row.hops is None else f"{row.kind}, {row.hops} hops"
+    return row.kind if row.hops is None else f"{row.kind}, {counted(row.hops, 'hop')}"
 
 
 def _shown(rows: Sequence[ProbeRow], aspect: str, protocol: str) -> list[bool]:
@@ -559,4 +448,8 @@ def _columns(state: str, interval: Interval) -> dict[str, float]:
 
 def _text(protocol: str, value: float) -> str:
     """The value as text, in percent if the protocol gives a share."""
-    return f"{value:.4g}" if any(word in protocol for word in ("nats", "bits", " - ")) else f"{100 * value:.1f}"
+    return (
+        f"{value:.4g}"
+        if any(word in protocol for word in ("nats", "bits", " - ", PERPLEXITY))
+        else f"{100 * value:.1f}"
+    )

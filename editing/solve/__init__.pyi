@@ -1,4 +1,5 @@
-from .cost import Cost as Cost, build_cost as build_cost, null_space as null_space
+from .anchor import NormAnchors as NormAnchors, anchor_norm as anchor_norm
+from .cost import Cost as Cost, build_cost as build_cost
 from .editors import (
     EDITORS as EDITORS,
     EMMET as EMMET,
@@ -10,6 +11,14 @@ from .editors import (
     EditorByRequest as EditorByRequest,
     MultEdit as MultEdit,
 )
+from .gradient import (
+    GRADIENT_EDITORS as GRADIENT_EDITORS,
+    GradientEditor as GradientEditor,
+    GradientSession as GradientSession,
+    StableEdit as StableEdit,
+    UltraEdit as UltraEdit,
+)
+from .null_space import null_space as null_space
 from .problem import (
     Problem as Problem,
     Solution as Solution,
@@ -18,3 +27,8 @@ from .problem import (
     solve as solve,
 )
 from .session import ClosedFormSession as ClosedFormSession
+from .stream import (
+    RunningStatistics as RunningStatistics,
+    StreamStatistics as StreamStatistics,
+    WeightStatistics as WeightStatistics,
+)

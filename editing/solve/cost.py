@@ -1,9 +1,9 @@
-"""What a change of one weight costs: a ridge, old keys, directions that it may not touch, and keys of earlier edits.
+"""What a change of one weight costs: a ridge, old keys, and directions that it may not touch.
 
 M = lambda I + mu C is factorised once; D Q^T = 0 for the protected directions, the rows of Q. See `problem.py`.
 """
 
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import cast
@@ -11,14 +11,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ...data.facts import EditRequest
-from ..changes import Delta, HistoryEntry
-from ..requests import EDITED, NOT_GENERATED, EditError, edited_questions
+from ..requests import EditError
 
 _TINY = torch.finfo(torch.float64).tiny
 _EPSILON = torch.finfo(torch.float64).eps
 _REFINED = 1e-12  # the residual, relative to the key, at which a refined solution is as good as a float64 one
-_SPANNED = 1e-12  # share of the largest eigenvalue of a Gram matrix above which a direction belongs to its keys
+SPANNED = 1e-12  # share of the largest eigenvalue of a Gram matrix above which a direction belongs to its keys
 _ROUNDS = 40  # refinement gains at least a factor of two a round or stops, so this many rounds always suffice
 
 
@@ -53,12 +51,20 @@ class Cost:
 
     def parts(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Return (K M^-1, K N): before and after the protected directions are taken out; otherwise as `divided`."""
+        self.check_keys(keys)
+        whole = self._inverse(keys.double())
+        return whole, whole if self.protected is None else self.projected(whole)
+
+    def check_keys(self, keys: Tensor) -> None:
+        """Raise `EditError` unless these are keys (n, width) of the weight."""
         if keys.ndim != 2 or keys.shape[1] != self.width:
             raise EditError(
                 f"keys {tuple(keys.shape)} do not fit a weight of width {self.width}; pass (n, {self.width})"
             )
-        whole = self._inverse(keys.double())
-        return whole, whole if self.protected is None else self._projected(whole)
+
+    def inverse(self) -> Tensor:
+        """Return M^-1 (width, width), float64, of a cost with a moment."""
+        return torch.cholesky_inverse(self._factor)
 
     def holding(self, gram: Tensor, weight: float) -> "Cost":
         """Return the cost of a change that also has to leave the outputs at other keys as they are.
@@ -84,11 +90,11 @@ class Cost:
 
     def _protected_with(self, gram: Tensor) -> Tensor:
         values, vectors = torch.linalg.eigh(gram)
-        spanned = vectors[:, values > _SPANNED * values[-1]].T
+        spanned = vectors[:, values > SPANNED * values[-1]].T
         if self.protected is not None:
             own = self.protected.to(spanned)
-            _, sizes, rest = torch.linalg.svd(_without(_without(spanned, own), own), full_matrices=False)
-            spanned = torch.cat([own, rest[sizes > _SPANNED**0.5]])
+            _, sizes, rest = torch.linalg.svd(without_directions(spanned, own), full_matrices=False)
+            spanned = torch.cat([own, rest[sizes > SPANNED**0.5]])
         if len(spanned) >= self.width:
             raise EditError(
                 f"the keys of earlier edits leave none of {self.width} directions to edit in; pass a finite "
@@ -104,12 +110,13 @@ class Cost:
         found = torch.cholesky_solve(wide.T, self._factor).T if refined is None else refined
         return found.to(keys.device)
 
-    def _projected(self, whole: Tensor) -> Tensor:
+    def projected(self, whole: Tensor) -> Tensor:
+        """Return K N of K M^-1 (n, width): with the protected directions taken out."""
         directions = cast(Tensor, self.protected).to(whole.device)
         if self.moment is not None:
             along, factor = (part.to(whole.device) for part in self._protection)
             whole = whole - torch.cholesky_solve(directions @ whole.T, factor).T @ along
-        return _without(_without(whole, directions), directions)  # twice is exact to rounding
+        return without_directions(whole, directions)
 
     @cached_property
     def _factor(self) -> Tensor:
@@ -154,24 +161,18 @@ class Cost:
             return None
         factor, scales, size = self._rough_factor
         moment = cast(Tensor, self.moment)
-        found, residual, before = torch.zeros_like(keys), keys, float("inf")
-        for _ in range(_ROUNDS):
+
+        def step(residual: Tensor) -> Tensor:
             # Rows of length one, so that float32 neither overflows nor underflows however small the residual is.
             scaled = residual * scales
             lengths = scaled.norm(dim=-1, keepdim=True).clamp(min=_TINY)
-            step = torch.cholesky_solve((scaled / lengths).float().T, factor).T.double()
-            found = found + step * lengths * scales
-            residual = keys - self.ridge * found - self.moment_weight * (found @ moment.double())
-            # What float64 itself leaves behind, after the stopping rule of LAPACK's dsposv.
-            rounding = self.width**0.5 * _EPSILON * size * found.norm(dim=-1)
-            allowed = torch.maximum(_REFINED * keys.norm(dim=-1), rounding)
-            left = (residual.norm(dim=-1) / allowed.clamp(min=_TINY)).max().item()
-            if left <= 1:
-                return found
-            if not left < before / 2:
-                return None
-            before = left
-        return None
+            return torch.cholesky_solve((scaled / lengths).float().T, factor).T.double() * lengths * scales
+
+        def product(found: Tensor) -> Tensor:
+            return self.ridge * found + self.moment_weight * (found @ moment.double())
+
+        found = refined_solution(keys, step, product, size=size)
+        return None if found is None else found[0]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -233,7 +234,7 @@ def build_cost(
         if not (value >= 0 and value < float("inf")):
             raise EditError(f"{name}={value} is not a finite number of at least 0; pass for example {name}=0.01")
     if moment is not None:
-        _check_square(moment, width)
+        check_square(moment, width)
     if protected is not None:
         protected = protected.double()
         _check_protected(protected, width)
@@ -254,39 +255,46 @@ def build_cost(
     return made
 
 
-def null_space(moment: Tensor, threshold: float) -> Tensor:
-    """Return the directions to protect: eigenvectors of a moment with at least this eigenvalue, (direction, width).
+def refined_solution(
+    keys: Tensor, step: Callable[[Tensor], Tensor], product: Callable[[Tensor], Tensor], *, size: float
+) -> tuple[Tensor, float] | None:
+    """Return X (n, width) with X M = K to float64, and what the rough solver alone misses, as a share of a key.
 
-    A change that does not touch them leaves the outputs at nearly all old keys as they are. What is left for edits are
-    the other width - direction dimensions. Source: AlphaEdit (arXiv 2410.02355), with a threshold of 2e-2.
+    None if the rough solver does not get there.
 
     Args:
-        moment: (width, width), symmetric.
-        threshold: Smallest eigenvalue of a protected direction, above 0, in units of a squared key entry; it has to be
-            chosen for each model.
-
-    Raises:
-        EditError: No direction is left for edits.
+        keys: K (n, width), float64.
+        step: The rough solver: what it adds for a residual (n, width).
+        product: X -> X M.
+        size: A norm of M.
     """
-    _check_square(moment, len(moment))
-    if not (threshold > 0 and threshold < float("inf")):
-        raise EditError(f"threshold={threshold} is not a finite number above 0; pass for example threshold=0.02")
-    values, vectors = torch.linalg.eigh(moment.double())
-    kept = int((values < threshold).sum())
-    if not kept:
-        raise EditError(
-            f"all {len(moment)} directions have a second moment of at least {threshold:g} (the smallest is "
-            f"{values[0].item():.3g}), so nothing is left to edit in; pass a threshold between that and "
-            f"{values[-1].item():.3g}"
-        )
-    return vectors[:, kept:].T.contiguous()
+    found, residual, before, lengths = torch.zeros_like(keys), keys, float("inf"), keys.norm(dim=-1)
+    missed = 0.0
+    for number in range(_ROUNDS):
+        found = found + step(residual)
+        residual = keys - product(found)
+        if not number:
+            missed = (residual.norm(dim=-1) / lengths.clamp(min=_TINY)).max().item()
+        # What float64 itself leaves behind, after the stopping rule of LAPACK's dsposv.
+        rounding = keys.shape[1] ** 0.5 * _EPSILON * size * found.norm(dim=-1)
+        allowed = torch.maximum(_REFINED * lengths, rounding)
+        left = (residual.norm(dim=-1) / allowed.clamp(min=_TINY)).max().item()
+        if left <= 1:
+            return found, missed
+        if not left < before / 2:
+            return None
+        before = left
+    return None
 
 
-def _without(rows: Tensor, directions: Tensor) -> Tensor:
-    return rows - (rows @ directions.T) @ directions
+def without_directions(rows: Tensor, directions: Tensor) -> Tensor:
+    """Return rows (n, width) without what lies in orthonormal directions, to rounding."""
+    rest = rows - (rows @ directions.T) @ directions
+    return rest - (rest @ directions.T) @ directions  # once leaves the rounding of what was taken out
 
 
-def _check_square(moment: Tensor, width: int) -> None:
+def check_square(moment: Tensor, width: int) -> None:
+    """Raise `EditError` unless a second moment is (width, width), finite and symmetric."""
     if moment.shape != (width, width):
         raise EditError(f"a second moment of width {width} is ({width}, {width}); found {tuple(moment.shape)}")
     sums = moment.sum(0, dtype=torch.float64), moment.sum(1, dtype=torch.float64)
@@ -308,113 +316,3 @@ def _check_protected(protected: Tensor, width: int) -> None:
     drawn = torch.randn(len(protected), generator=generator, dtype=torch.float64).to(protected.device)
     if not ((drawn @ protected) @ protected.T - drawn).norm() <= 1e-6 * drawn.norm():
         raise EditError("the protected directions are not orthonormal; pass those of null_space, or the Q^T of a QR")
-
-
-_KEY = 32  # digits of a question's key
-FACTS = "facts"
-"""The entry of a request's text that holds the keys of its questions."""
-
-
-class EarlierKeys:
-    """The keys of the edits that are in a model, as one running Gram matrix K^T K for each weight.
-
-    Where the outputs of earlier edits are to stay, their keys count only through this matrix (`Cost.holding`), so that
-    an edit costs the same however many came before it. A matrix is made when it is first needed, and then follows.
-
-    A fact that is edited again gets its new target: the keys of its earlier edits are subtracted from the matrix, since
-    they would hold the outputs at the old target just where the new one is wanted. The earlier change stays in the
-    weights, and the new one is measured from there. Two requests are of one fact if they share a question, with its
-    picture, that is to get the target.
-    """
-
-    def __init__(self) -> None:
-        self._grams: dict[str, Tensor] = {}
-        """(width, width) float64 by parameter name, on the device of the weight."""
-        self._entries: dict[str, HistoryEntry] = {}
-        self._replaced: dict[str, set[int]] = {}
-        """Requests of each edit whose facts were edited again, or that were taken out of the history."""
-        self._facts: dict[str, set[tuple[str, int]]] = {}
-        """Key of a question -> the edits and requests that gave it its target."""
-
-    def follow(self, entry: HistoryEntry, delta: Delta | None = None) -> None:
-        """Add an edit that is now in the model, in place of earlier edits of the same facts.
-
-        delta: the edit itself, if it need not be read from its file.
-        """
-        edited = {index: facts for index, facts in _edited_facts(entry).items() if index not in entry.gone}
-        self._replace({fact for facts in edited.values() for fact in facts})
-        self._entries[entry.name], self._replaced[entry.name] = entry, set(entry.gone)
-        for index, facts in edited.items():
-            for fact in facts:
-                self._facts.setdefault(fact, set()).add((entry.name, index))
-        for weight in self._grams.keys() & entry.fingerprints.keys():
-            self._grams[weight] += self._of_entry(entry.name, weight, like=self._grams[weight], delta=delta)
-
-    def gram(self, weight: Tensor, name: str, facts: Set[str]) -> Tensor | None:
-        """Return the matrix of a weight without the keys of these facts, which are edited again; None for no keys."""
-        touching = [entry.name for entry in self._entries.values() if name in entry.fingerprints]
-        if not touching:
-            return None
-        if name not in self._grams:
-            width = self._entries[touching[0]].delta.changes[name].shape[1]
-            self._grams[name] = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
-            for entry in touching:
-                self._grams[name] += self._of_entry(entry, name, like=self._grams[name])
-        gram = self._grams[name]
-        for entry, requests in self._places(facts).items():
-            if name in self._entries[entry].fingerprints:
-                own = _gram(self._entries[entry].delta, name, lambda owner, own=requests: owner in own)
-                gram = _without_keys(gram, own.to(gram))
-        return gram if gram.any() else None
-
-    def _of_entry(self, entry: str, name: str, *, like: Tensor, delta: Delta | None = None) -> Tensor:
-        replaced = self._replaced[entry]
-        delta = self._entries[entry].delta if delta is None else delta
-        return _gram(delta, name, lambda owner: owner not in replaced).to(like)
-
-    def _places(self, facts: Set[str]) -> dict[str, set[int]]:
-        """The edits and their requests that gave these facts the targets that they have."""
-        places: dict[str, set[int]] = {}
-        for fact in facts:
-            for entry, request in self._facts.get(fact, ()):
-                places.setdefault(entry, set()).add(request)
-        return {entry: requests - self._replaced[entry] for entry, requests in places.items()}
-
-    def _replace(self, facts: Set[str]) -> None:
-        for entry, requests in self._places(facts).items():
-            for name in self._grams.keys() & self._entries[entry].fingerprints.keys():
-                own = _gram(self._entries[entry].delta, name, lambda owner, own=requests: owner in own)
-                self._grams[name] = _without_keys(self._grams[name], own.to(self._grams[name]))
-            self._replaced[entry] |= requests
-        for fact in facts:
-            self._facts.pop(fact, None)
-
-
-def _without_keys(gram: Tensor, own: Tensor) -> Tensor:
-    """Return a Gram matrix without some of its keys: exactly zero, and no rounding, if they are all of its keys.
-
-    What rounding leaves would span arbitrary directions, in which an infinite weight lets nothing be changed.
-    """
-    rest = gram - own
-    return torch.zeros_like(gram) if rest.trace() <= _SPANNED * gram.trace() else rest
-
-
-def facts_of(request: EditRequest) -> tuple[str, ...]:
-    """Return short keys of the questions that are to get the target."""
-    return tuple(dict.fromkeys(question.key[:_KEY] for question in edited_questions(request)))
-
-
-def _edited_facts(entry: HistoryEntry) -> dict[int, list[str]]:
-    """The keys of the questions of each request that was edited."""
-    return {
-        index: str(request.get(FACTS, "")).split()
-        for index, request in enumerate(entry.requests)
-        if request.get("status", EDITED) in (EDITED, NOT_GENERATED)
-    }
-
-
-def _gram(delta: Delta, name: str, is_counted: Callable[[int], bool]) -> Tensor:
-    """K^T K (width, width) float64 of the keys in a delta whose requests count."""
-    change = delta.changes[name]
-    keys = change.keys[[is_counted(owner) for owner in change.owners.tolist()]].double()
-    return keys.T @ keys

@@ -10,6 +10,7 @@ from ...models import VisionLanguageModel
 from ..changes import Change, Delta, EditSession, History
 from ..moments import MomentSource
 from ..requests import EditError
+from ..siblings import Siblings
 from ..values import RequestValues
 from .session import ClosedFormSession
 from .settings import ClosedFormSettings
@@ -151,11 +152,13 @@ class ClosedFormEditor(ClosedFormSettings):
 class MultEdit(ClosedFormEditor):
     """MultEdit (arXiv 2406.04236): projections changed in closed form to give wanted values at keys.
 
-    One regularised least-squares solve meets all requests, and keeps the outputs at the keys of `preserve_prompts`
-    exactly. The defaults come from a sweep on a small model; `paper` has the published constants.
+    One regularised least-squares solve meets all requests, and keeps the outputs at the keys of `preserve_prompts` and
+    of siblings: the same question about other subjects, and other questions about the same one. `paper` has the
+    published constants.
     """
 
     earlier_weight: float | None = 1.0
+    siblings: Siblings | None = Siblings()
 
     @classmethod
     def paper(cls, *, layer: int = 2, token: str | int = "constraint_last", clamp: float | None = 1e-4) -> Self:
@@ -170,7 +173,7 @@ class MultEdit(ClosedFormEditor):
         norm of the layer. Unlike the released script this scores all target tokens rather than the first.
         """
         search = {"steps": 10, "learning_rate": 0.1, "weight_decay": 1e-3, "squared_decay": False, "stop_loss": 0.0}
-        return cls(layer=layer, token=token, clamp=clamp, ridge=0.01, end_of_answer=False, **search)
+        return cls(layer=layer, token=token, clamp=clamp, ridge=0.01, ending="none", siblings=None, **search)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,11 +190,23 @@ class ROME(ClosedFormEditor):
     two_keys: bool = True
 
     @classmethod
-    def paper(cls, *, layer: int, token: str | int = "constraint_last", moment_weight: float = 1.0) -> Self:
-        """Return the published constants: 20 steps of Adam at 0.5, decay 0.5, KL 0.0625, stop at 0.05, clamp 4."""
+    def paper(
+        cls,
+        *,
+        layer: int,
+        token: str | int = "constraint_last",
+        moment_weight: float = 1.0,
+        earlier_weight: float | None = None,
+    ) -> Self:
+        """Return the published constants: 20 steps of Adam at 0.5, decay 0.5, KL 0.0625, stop at 0.05, clamp 4.
+
+        earlier_weight: weight of the keys of earlier edits in a session; 1.0 keeps their outputs as MEMIT's preset
+        does.
+        """
         search = {"steps": 20, "learning_rate": 0.5, "weight_decay": 0.5, "squared_decay": False, "stop_loss": 0.05}
         place = {"layer": layer, "token": token}
-        return cls(**place, **search, clamp=4.0, end_of_answer=False, moment_weight=moment_weight)
+        weights = {"moment_weight": moment_weight, "earlier_weight": earlier_weight}
+        return cls(**place, **search, **weights, clamp=4.0, ending="none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +214,9 @@ class MEMIT(ClosedFormEditor):
     """MEMIT (arXiv 2210.07229, Eq. 14): many facts at once, their change spread over several layers.
 
     The wanted value is the output of the last layer; each layer from the lowest on adds its share of what is missing.
+    With `earlier_weight=1.0` the keys of all earlier edits of a session stay in its least squares (arXiv 2605.26670),
+    which is soft recursive least squares (arXiv 2601.15686): edits one by one, whose number does not change what each
+    costs, come to the optimum of all of them in one solve.
     """
 
     spread: int = 3
@@ -206,11 +224,23 @@ class MEMIT(ClosedFormEditor):
     moment_weight: float = 100.0
 
     @classmethod
-    def paper(cls, *, layer: int = 8, token: str | int = "constraint_last", moment_weight: float = 15000.0) -> Self:
-        """Return the constants for GPT-J: layers 3 to 8, 25 steps at 0.5, decay 0.5, clamp 0.75, 15000 old keys."""
+    def paper(
+        cls,
+        *,
+        layer: int = 8,
+        token: str | int = "constraint_last",
+        moment_weight: float = 15000.0,
+        earlier_weight: float | None = None,
+    ) -> Self:
+        """Return the constants for GPT-J: layers 3 to 8, 25 steps at 0.5, decay 0.5, clamp 0.75, 15000 old keys.
+
+        earlier_weight: weight of the keys of earlier edits in a session; 1.0 is MEMIT with the keys of all past edits
+        (arXiv 2605.26670), None the MEMIT that was published, which forgets them.
+        """
         search = {"steps": 25, "learning_rate": 0.5, "weight_decay": 0.5, "squared_decay": False, "stop_loss": 0.05}
         place = {"layer": layer, "token": token, "spread": min(6, layer + 1)}
-        return cls(**place, **search, clamp=0.75, end_of_answer=False, moment_weight=moment_weight)
+        weights = {"moment_weight": moment_weight, "earlier_weight": earlier_weight}
+        return cls(**place, **search, **weights, clamp=0.75, ending="none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,14 +252,24 @@ class EMMET(ClosedFormEditor):
     moment_weight: float = 1.0
 
     @classmethod
-    def paper(cls, *, layer: int = 5, token: str | int = "constraint_last", moment_weight: float = 100000.0) -> Self:
+    def paper(
+        cls,
+        *,
+        layer: int = 5,
+        token: str | int = "constraint_last",
+        moment_weight: float = 100000.0,
+        earlier_weight: float | None = None,
+    ) -> Self:
         """Return the constants of its code for Llama-2-7B: layer 5, 25 steps at 0.5, decay 1e-3, clamp 4.
 
         Its ridge of 0.1 is added to the system over the edits, which makes their weight 10 instead of infinite.
+
+        earlier_weight: weight of the keys of earlier edits in a session; 10.0 counts them like those of the edit.
         """
         search = {"steps": 25, "learning_rate": 0.5, "weight_decay": 1e-3, "squared_decay": False, "stop_loss": 0.05}
         place = {"layer": layer, "token": token}
-        return cls(**place, **search, clamp=4.0, end_of_answer=False, weight=10.0, moment_weight=moment_weight)
+        weights = {"weight": 10.0, "moment_weight": moment_weight, "earlier_weight": earlier_weight}
+        return cls(**place, **search, **weights, clamp=4.0, ending="none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +294,7 @@ class AlphaEdit(ClosedFormEditor):
         """
         search = {"steps": 25, "learning_rate": 0.1, "weight_decay": 0.5, "squared_decay": False, "stop_loss": 0.05}
         place = {"layer": layer, "token": token, "spread": min(5, layer + 1)}
-        return cls(**place, **search, clamp=0.75, end_of_answer=False, ridge=10.0, null_threshold=null_threshold)
+        return cls(**place, **search, clamp=0.75, ending="none", ridge=10.0, null_threshold=null_threshold)
 
 
 EDITORS: dict[str, type[MultEdit | ROME | MEMIT | EMMET | AlphaEdit]] = {

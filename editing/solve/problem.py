@@ -16,17 +16,19 @@ an n x n system after one factorisation of M, and none of M where C is absent: t
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ...data.facts import EditRequest
+from ...models import Projection
 from ..changes import WeightChange
 from ..requests import EditError
 from ..values import Lookup
 from .cost import Cost, StackedCost
 
+_LEAST = 1e-3  # share of a squared key that counts as left, however close the kept keys are
 _SAME = 1e-3  # of a key's length: keys closer than this are one key as far as any edit is concerned
 
 
@@ -80,7 +82,8 @@ class Rows:
     residuals: list[Tensor]
     weights: list[float]
     names: list[str]
-    mean_square: float
+    edited: int
+    """Number of rows of the edit."""
 
     @classmethod
     def of(
@@ -100,7 +103,7 @@ class Rows:
             residuals=list(residuals),
             weights=[weight for keys in means for _ in keys],
             names=[name for name, keys in zip(names, means, strict=True) for _ in keys],
-            mean_square=torch.cat(means).double().square().sum(-1).mean().item(),
+            edited=sum(map(len, means)),
         )
 
     def add(self, preserved: Sequence[tuple[str, Tensor]], weight: float) -> None:
@@ -114,6 +117,28 @@ class Rows:
             self.names += [name] * len(keys)
             if self.directions is not None:
                 self.directions.append(keys)
+
+    def ridge(self, fraction: float) -> float:
+        """Return a share of the mean squared norm of what the other rows leave of the edit's keys.
+
+        A kept key of weight w leaves of a key k what a ridge regression of k on the kept keys does not explain, with
+        the ridge fraction |k|^2 / w; an infinite weight leaves what is orthogonal to it. At least a thousandth counts.
+        """
+        own = torch.cat(self.directions or self.keys).double()[: self.edited]
+        whole = own.square().sum(-1).mean().item()
+        kept, weights = torch.cat(self.keys).double()[self.edited :], self.weights[self.edited :]
+        if not len(kept):
+            return fraction * whole
+        prices = fraction * whole / torch.tensor(weights, dtype=torch.float64, device=kept.device)
+        gram = kept @ kept.T
+        gram.diagonal().add_(prices + _EPSILON * len(kept) * gram.diagonal().max())
+        shadow = own @ kept.T
+        explained = (shadow * torch.linalg.solve(gram, shadow.T).T).sum(-1).mean().item()
+        return fraction * max(whole - explained, _LEAST * whole)
+
+    def with_weights(self, weights: Sequence[float]) -> Rows:
+        """Return these rows with other weights of those behind the edit's own."""
+        return replace(self, weights=[*self.weights[: self.edited], *weights])
 
     def problem(self) -> Problem:
         """Return the problem of all rows."""
@@ -240,6 +265,44 @@ def reduced(solution: Solution, problem: Problem, count: int, owners: Sequence[i
     return WeightChange(
         **{part: tensor.float().cpu().contiguous() for part, tensor in parts.items()}, owners=torch.tensor(owners)
     )
+
+
+def changes_by_weight(projection: Projection, change: WeightChange) -> dict[str, WeightChange]:
+    """Return the change of each weight of a projection by name, with the keys that the weight reads.
+
+    Several experts share what is asked for at a key: each is asked for what it adds, and for as much of what the ridge
+    leaves undone as its part of the key's squared length.
+    """
+    if len(projection.slices) == 1:
+        return {projection.name: change}
+    undone = change.residuals.double() - change.moved(change.keys)
+    squared = change.keys.double().square()
+    changes: dict[str, WeightChange] = {}
+    for name, columns in projection.slices.items():
+        reads = change.right[:, columns].any(-1)
+        if not reads.any() and (change.rank or changes):
+            continue
+        own = change.only(reads)
+        own = replace(own, right=own.right[:, columns].contiguous(), keys=own.keys[:, columns].contiguous())
+        share = squared[reads][:, columns].sum(-1, keepdim=True) / squared[reads].sum(-1, keepdim=True)
+        changes[name] = replace(own, residuals=(own.moved(own.keys) + share * undone[reads]).float())
+    return changes
+
+
+def unrouted(projection: Projection, lookups: Iterable[tuple[int, Lookup]]) -> dict[int, str]:
+    """Return the requests some of whose edited tokens do not go to the one expert that is edited, and which do not.
+
+    lookups: the request of each goal, and what was looked up for the goal.
+    """
+    reasons: dict[int, str] = {}
+    for owner, lookup in lookups:
+        if zeros := (~lookup.keys.any(-1)).nonzero().flatten().tolist():
+            reasons[owner] = (
+                f"of the {len(lookup.keys)} edited tokens, number {', '.join(str(each + 1) for each in zeros)} is "
+                f"not routed to {projection}; pass expert='routed', or an expert of all these tokens "
+                "(vlm.routing shows them)"
+            )
+    return reasons
 
 
 def _system(cost: Cost | StackedCost, keys: Tensor, directions: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -6,11 +6,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Literal, Protocol, cast
 
+from torch import Tensor
+
 from ...models import ExpertProjection, ModelError, Projection, VisionLanguageModel
 from ..moments import Moments, MomentSource
 from ..requests import EditError
+from ..siblings import Siblings
 from ..values import ValueSettings
-from .cost import Cost, build_cost, null_space
+from .cost import Cost, build_cost
+from .null_space import protected_directions, with_edited_keys
 
 OWN_RIDGE = 1e-3
 """Ridge of the moments of own samples, as a share of the median square of an entry of a key."""
@@ -52,12 +56,17 @@ class ClosedFormSettings(ValueSettings):
     are routed to. None is the expert that every token sees, or "routed" where there is none."""
     weight: float = 1.0
     """Weight of each edited key in the least-squares problem; inf meets what is asked there exactly."""
-    preserve_weight: float = float("inf")
-    """Weight of the keys of `preserve_prompts`, whose outputs are to stay; inf keeps them exactly."""
+    preserve_weight: float | None = None
+    """Weight of the keys whose outputs are to stay, those of `preserve_prompts` and of siblings; inf keeps them
+    exactly. None keeps them exactly where that leaves at least half of what each request asks for, and otherwise with
+    the largest weight that does, first of siblings and then of `preserve_prompts`."""
+    siblings: Siblings | None = None
+    """The questions whose outputs are to stay without being asked for; None for those of `preserve_prompts` alone."""
     earlier_weight: float | None = None
     """Weight of the keys of earlier edits of a session, whose outputs are to stay; None ignores them."""
     ridge_fraction: float = 0.02
-    """The ridge as a share of the mean squared norm of the edited keys, which varies by a factor of 25 over layers."""
+    """The ridge as a share of the mean squared norm of what the kept keys leave of the edited ones; the norm of keys
+    varies by a factor of 25 over layers."""
     ridge: float | None = None
     """The ridge in units of a squared key norm, in place of `ridge_fraction`."""
     moment_weight: float = 0.0
@@ -67,6 +76,27 @@ class ClosedFormSettings(ValueSettings):
     null_threshold: float | None = None
     """Eigenvectors of the second moment with at least this eigenvalue, as a share of the mean eigenvalue, are not
     touched; None allows all directions."""
+    null_share: float | None = None
+    """Share of the trace of the second moment, such as 0.99, that the untouched directions hold, as few as possible, in
+    place of `null_threshold`. Unlike a threshold it does not depend on the spectrum that a model's keys have."""
+    null_refresh: int | None = None
+    """Number of edits of a session after which the untouched directions are taken anew, with the keys of its edits
+    beside the old ones (BetaEdit); None takes them once."""
+    null_moment_weight: float = 3000.0
+    """Weight of the second moment of old keys beside that of the keys of edits, where `null_refresh` takes both."""
+    norm_anchor: Literal["pilot"] | float | None = None
+    """Norm that the wanted output at an edit's first key is scaled to (NAS, arXiv 2602.02543), and that later ones do
+    not exceed: a number, or "pilot" for the mean over the first `norm_pilot` edits of a session, which are made as they
+    are. An edit with an output above twice the norm fails."""
+    norm_pilot: int = 100
+    """Number of edits whose wanted outputs give the norm of `norm_anchor="pilot"`. The paper takes 1,000; on
+    the embedded model the norms differ by a fifth from their mean, which 100 of them tell to 2 %."""
+    change_limit: float | None = None
+    """Largest Frobenius norm of a weight's change by one edit, as a share of that of the weight; an edit beyond it is
+    refused. None allows any."""
+    growth_limit: float | None = None
+    """Largest Frobenius norm of an edited weight, as a multiple of that before the first edit, such as 1.5; an edit
+    that would exceed it is refused. None allows any."""
     two_keys: bool = False
     """ROME: the direction of the change is the mean key over contexts, and its size is set at the key of the prompt."""
     refined: bool = False
@@ -94,10 +124,30 @@ class ClosedFormSettings(ValueSettings):
                 f"{name} got expert={self.expert!r} and projection={self.projection!r}; "
                 "pass the number of an expert, 'routed' or None, and projection='mlp'"
             )
-        for field in ("weight", "preserve_weight", "earlier_weight", "null_threshold"):
+        positive = ("weight", "preserve_weight", "earlier_weight", "null_threshold", "null_moment_weight")
+        for field in (*positive, "null_refresh", "norm_pilot", "change_limit"):
             value = getattr(self, field)
             if value is not None and not value > 0:
                 raise EditError(f"{name} got {field}={value}; pass a number above 0")
+        self._check_streams(name)
+
+    def _check_streams(self, name: str) -> None:
+        """Raise `EditError` for settings of long streams that are out of range."""
+        if self.null_share is not None and not 0 < self.null_share < 1:
+            raise EditError(f"{name} got null_share={self.null_share}; pass a share between 0 and 1, such as 0.99")
+        if self.null_refresh is not None and not self.has_null_space:
+            raise EditError(
+                f"{name} got null_refresh={self.null_refresh} and leaves no direction untouched; pass null_share=0.99 "
+                "or null_threshold=1.0 as well, or leave null_refresh out"
+            )
+        anchor = self.norm_anchor
+        if not (anchor in (None, "pilot") or (isinstance(anchor, int | float) and 0 < anchor < float("inf"))):
+            raise EditError(f"{name} got norm_anchor={anchor!r}; pass a norm above 0, 'pilot' or None")
+        if self.growth_limit is not None and not self.growth_limit > 1:
+            raise EditError(
+                f"{name} got growth_limit={self.growth_limit}, a multiple of the norm before the first edit; pass a "
+                "number above 1, such as 1.5"
+            )
 
     @property
     def place(self) -> tuple[int, str | int]:
@@ -107,7 +157,12 @@ class ClosedFormSettings(ValueSettings):
     @property
     def needs_moments(self) -> bool:
         """Whether the editor needs second moments of keys, for its cost or for its null space."""
-        return self.moment_weight > 0 or self.null_threshold is not None
+        return self.moment_weight > 0 or self.has_null_space
+
+    @property
+    def has_null_space(self) -> bool:
+        """Whether the editor leaves directions untouched that old keys fill."""
+        return self.null_threshold is not None or self.null_share is not None
 
     def projections(self, vlm: VisionLanguageModel) -> dict[int, Projection]:
         """Return the projections that are changed by layer (from 0), lowest first.
@@ -132,7 +187,15 @@ class ClosedFormSettings(ValueSettings):
             return vlm.down_projection(layer)
         return vlm.expert_projection(layer, self.expert if isinstance(self.expert, int) else None)
 
-    def cost(self, layer: int, projection: Projection, moments: Moments | None, ridge: float | None = None) -> Cost:
+    def cost(
+        self,
+        layer: int,
+        projection: Projection,
+        moments: Moments | None,
+        ridge: float | None = None,
+        *,
+        edited: Tensor | None = None,
+    ) -> Cost:
         """Return the cost of a change of one layer's weight.
 
         To the moments of own samples, which may be of few tokens, it adds a ridge of a thousandth of the median square
@@ -143,12 +206,14 @@ class ClosedFormSettings(ValueSettings):
             projection: Its projection, as `projections` gives it.
             moments: Second moments of keys, if the settings need them.
             ridge: The ridge, in units of a squared key norm; None for the absolute one of the settings, or 0.
+            edited: Second moment of the keys of earlier edits, which the untouched directions are to hold as well.
 
         Returns:
             The cost, with its moment factorised.
 
         Raises:
-            EditError: Second moments are needed and none are given, or a number is out of range.
+            EditError: Second moments are needed and none are given, a number is out of range, or the directions that
+                are left untouched are all or none.
 
         Example:
             >>> import multrace as mt
@@ -168,8 +233,9 @@ class ClosedFormSettings(ValueSettings):
             diagonal = matrix.diagonal()
             diagonal.add_(OWN_RIDGE * (diagonal.median() or diagonal.mean()))
         protected = None
-        if self.null_threshold is not None:
-            protected = null_space(matrix, self.null_threshold * matrix.diagonal().mean().item())
+        if self.has_null_space:
+            filled = with_edited_keys(matrix, edited, self.null_moment_weight)
+            protected = protected_directions(filled, threshold=self.null_threshold, share=self.null_share)
         return build_cost(
             projection.width,
             ridge=ridge,

@@ -1,3 +1,5 @@
+from .endings import ending_of as ending_of, ends_by_itself as ends_by_itself
+from .gradients import AnswerGradients as AnswerGradients, answer_gradients as answer_gradients
 from .keys import (
     Goal as Goal,
     Goals as Goals,

@@ -26,6 +26,10 @@ class Goal:
     """The contexts; each carries the target as its answer, and keys and losses are averaged over them."""
     essence: tuple[Prompt, ...] = ()
     """Prompts whose next token should stay as it is; they get the first key's change and no target."""
+    ending: tuple[int, ...] = ()
+    """Ids of what the model is to say after the target."""
+    ending_key: bool = False
+    """Whether the last token of the target has a key for the ending, where answer positions have keys."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +40,16 @@ class PlainGoal:
     target: str | None
     """The answer that all questions get; None for their prompts without an answer."""
     essence: tuple[Question, ...] = ()
+    ending: tuple[int, ...] = ()
+    ending_key: bool = False
 
     def made(self, vlm: VisionLanguageModel) -> Goal:
         """Return the goal with the prompts of this model."""
         return Goal(
             prompts=tuple(vlm.prompt_for(question).with_answer(self.target) for question in self.questions),
             essence=tuple(vlm.prompt_for(question) for question in self.essence),
+            ending=self.ending,
+            ending_key=self.ending_key,
         )
 
 
@@ -61,11 +69,14 @@ class Goals:
         return (plain.made(self.vlm) for plain in self.plain)
 
 
-def goals_of(request: EditRequest) -> tuple[PlainGoal, ...]:
-    """Return what a request asks for: its question and contexts share a key, each rewrite prompt has one of its own."""
-    first = PlainGoal(questions=(request.question, *request.contexts), target=request.target, essence=request.essence)
-    rest = (PlainGoal(questions=(question,), target=request.target) for question in request.rewrite_prompts)
-    return (first, *rest)
+def goals_of(request: EditRequest, *, ending: tuple[int, ...] = (), ending_key: bool = False) -> tuple[PlainGoal, ...]:
+    """Return what a request asks for: its question and contexts share a key, each rewrite prompt has one of its own.
+
+    The ending and its key are those of `Goal`.
+    """
+    own: dict[str, Any] = {"target": request.target, "ending": ending, "ending_key": ending_key}
+    first = PlainGoal(questions=(request.question, *request.contexts), essence=request.essence, **own)
+    return (first, *(PlainGoal(questions=(question,), **own) for question in request.rewrite_prompts))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,9 +102,11 @@ class TargetBatch:
     label_columns: Tensor
     """(row, label), tokens that predict the target (the one that predicts the next token, in rows without a target)."""
     labels: Tensor
-    """(row, label), ids of the target's tokens and of the end of the answer if it is asked for."""
+    """(row, label), ids of the target's tokens and of what is to follow them."""
     label_mask: Tensor
     """(row, label), True for real labels."""
+    ending_mask: Tensor
+    """(row, label), True for labels that are the ending of a goal."""
 
     def rows(self, rows: Tensor) -> TargetBatch:
         """The batch of only some rows, (row,) indices in ascending order."""
@@ -112,7 +125,8 @@ def target_batch(
         vlm: The model.
         goals: The goals, whose prompts carry their targets as answers.
         token: The token that is edited, as in `key_positions`.
-        end: Whether the end-of-sequence token has to be predicted, too (default True).
+        end: Whether the end-of-sequence token has to be predicted after the target, with a key of its own, in place of
+            the goal's ending (default True).
         every: As in `key_positions`.
 
     Raises:
@@ -124,7 +138,9 @@ def target_batch(
     inputs = [vlm.decoder_input(prompt.inputs) for _, prompt, _ in rows]
     entering = DecoderInput.padded(inputs, [start - each[0] for each in keys])
     split = entering.frame.split_before(start)
-    labels, label_mask = _padded([() if bare else (*prompt.answer_ids, *ending) for _, prompt, bare in rows])
+    labels, label_mask = _padded(
+        [() if bare else (*prompt.answer_ids, *(ending or goals[index].ending)) for index, prompt, bare in rows]
+    )
     key_columns, key_mask = _padded([[position - each[0] + start - split for position in each] for each in keys])
     first = torch.tensor([prompt_end(prompt) - 1 - each[0] for (_, prompt, _), each in zip(rows, keys, strict=True)])
     counted = torch.where(label_mask, torch.arange(labels.shape[1]), 0)
@@ -138,7 +154,14 @@ def target_batch(
         label_columns=first[:, None] + counted + start - split,
         labels=labels,
         label_mask=label_mask,
+        ending_mask=_ending_mask(label_mask, [0 if ending else len(goals[index].ending) for index, _, _ in rows]),
     )
+
+
+def _ending_mask(label_mask: Tensor, sizes: Sequence[int]) -> Tensor:
+    """(row, label), True for the last so many labels of each row that has a target."""
+    from_end = label_mask.flip(-1).cumsum(-1).flip(-1)  # 1 for the last label
+    return label_mask & (from_end <= torch.tensor(sizes)[:, None])
 
 
 def check_goals(
@@ -155,7 +178,10 @@ def _edited_rows(
     """Rows of a batch (goal, prompt, whether it has no target), and the positions to edit in each."""
     rows = [(index, prompt, False) for index, goal in enumerate(goals) for prompt in goal.prompts]
     rows += [(index, prompt.with_answer(None), True) for index, goal in enumerate(goals) for prompt in goal.essence]
-    keys = [key_positions(prompt, token, end=end, every=every and not bare) for _, prompt, bare in rows]
+    keys = [
+        key_positions(prompt, token, end=end or goals[index].ending_key, every=every and not bare)
+        for index, prompt, bare in rows
+    ]
     _check_contexts(rows, keys, token)
     return rows, keys
 

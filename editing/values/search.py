@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -37,7 +37,9 @@ from .keys import (
 _SAME_RUN = {torch.float64: 1e-5, torch.float32: 2e-2}
 """Differences of log-probabilities, in shares of their size if that is above 1, that rounding can explain between a
 padded batch and single prompts; half in half precision."""
-_LAYOUT, _BATCH_LAYOUT = "multrace values 1", "multrace batch of values 1"
+_LIKELY = math.log(2)
+"""Negative log-probability in nats of what is as probable as all else together."""
+_LAYOUT, _BATCH_LAYOUT = "multrace values 2", "multrace batch of values 1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +64,10 @@ class ValueSettings:
     """Largest norm of a key's change, as a multiple of the current output's norm (ROME 4, MEMIT 0.75); None for any."""
     essence_weight: float = 0.0625
     """Weight of the penalty KL(edited || unedited), in nats, on the next token of a request's essence prompts."""
-    end_of_answer: bool = True
-    """Whether the end-of-sequence token after the target is asked for as well, in models that have one."""
+    ending: Literal["own", "stop", "none"] = "own"
+    """What is asked for after the target: "own" what the model says after its present answer (its end of sequence, full
+    stop or line end), with a key of its own only where the model would not say it after the target by itself; "stop"
+    the end of sequence, with a key of its own; "none" nothing, as in the published methods."""
     answer_keys: bool = True
     """Whether an edit at the prompt's last token has a key at each answer position instead of at the first alone."""
     rows_at_once: int = 64
@@ -71,6 +75,7 @@ class ValueSettings:
 
     def __post_init__(self) -> None:
         ranges = {
+            "ending of 'own', 'stop' or 'none'": self.ending in ("own", "stop", "none"),
             "learning_rate above 0": self.learning_rate > 0,
             "steps of at least 0": self.steps >= 0,
             "weight_decay of at least 0": self.weight_decay >= 0,
@@ -81,7 +86,12 @@ class ValueSettings:
         for requirement, holds in ranges.items():
             if not holds:
                 name = requirement.split()[0]
-                raise EditError(f"{type(self).__name__} got {name}={getattr(self, name)}; pass {requirement}")
+                raise EditError(f"{type(self).__name__} got {name}={getattr(self, name)!r}; pass {requirement}")
+
+    @property
+    def stops(self) -> bool:
+        """Whether the end of sequence is asked for after every target."""
+        return self.ending == "stop"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -92,9 +102,9 @@ class ValueResult(Lookup):
     """(key, hidden) float32, the change to add to the output, from the step with the lowest loss."""
     losses: tuple[float, ...]
     """Mean negative log-probability in nats per label and context, with the penalty on the essence, before each step
-    and after the last."""
+    and after the last. Of an ending that log 2 counts which it lacks to being more probable than all else together."""
     probability: float
-    """Probability of the whole target (with its end, if asked for) given the change: geometric mean over contexts."""
+    """Probability of the whole target (with what is to follow it) given the change: geometric mean over contexts."""
     token_probability: float
     """Geometric mean of the probabilities of the target's tokens given the change, over tokens and contexts."""
     says_target: bool
@@ -126,6 +136,10 @@ class RequestValues:
     """"edited", "nothing to do" if the model gives the target already, or "failed: " and why."""
     results: tuple[ValueResult, ...] = ()
     """One result for each goal of the request; empty unless the status is "edited"."""
+    ending: tuple[int, ...] = ()
+    """Ids of what the model is to say after the target."""
+    ending_key: bool = False
+    """Whether the last token of the target has a key for the ending."""
 
     def save(self, path: str | Path) -> Path:
         """Write the values as a safetensors file and return the path."""
@@ -235,7 +249,7 @@ class _BatchSearch:
     def run(self, vlm: VisionLanguageModel, bar: tqdm) -> list[ValueResult]:
         """Return one result per goal; the bar advances with each."""
         with torch.no_grad():
-            options = {"end": self.settings.end_of_answer, "every": self.settings.answer_keys}
+            options = {"end": self.settings.stops, "every": self.settings.answer_keys}
             batch = target_batch(vlm, self.goals, self.token, **options)
             inputs = PaddedBatch.after_prefix(vlm, batch.entering, batch.start)
             with watched(vlm, [(self.projection, self.place)]) as captured:
@@ -256,12 +270,13 @@ class _BatchSearch:
         if number is None:
             return
         goal, change, logs = self.goals[number], results[number].change, []
-        ending = end_ids(vlm) if self.settings.end_of_answer else ()
+        ending = end_ids(vlm) if self.settings.stops else ()
         for prompt in goal.prompts:
-            where = key_positions(prompt, self.token, end=bool(ending), every=self.settings.answer_keys)
+            ends = bool(ending) or goal.ending_key
+            where = key_positions(prompt, self.token, end=ends, every=self.settings.answer_keys)
             with patch(vlm, {self.place: partial(_moved, where=where, change=change)}):
                 logits = vlm.logits(prompt)[0, prompt_end(prompt) - 1 :].double().log_softmax(-1)
-            ids = (*prompt.answer_ids, *ending)
+            ids = (*prompt.answer_ids, *(ending or goal.ending))
             logs.append(logits[range(len(ids)), list(ids)].sum().item())
         least = math.log(torch.finfo(torch.float32).tiny)  # probabilities below this are 0 in the search
         own = max(sum(logs) / len(logs), least)
@@ -296,7 +311,7 @@ class _BatchSearch:
         for goal in self.goals:
             for prompt in (*goal.prompts, *goal.essence):
                 parts += [
-                    repr((prompt.answer_ids, prompt.groups)),
+                    repr((prompt.answer_ids, goal.ending, goal.ending_key, prompt.groups)),
                     *(prompt.inputs[name] for name in sorted(prompt.inputs)),
                 ]
         return digest(*parts)
@@ -337,12 +352,12 @@ class _Search:
         optimiser = torch.optim.Adam([self.change], lr=self.settings.learning_rate)
         remaining = torch.arange(len(self.batch.goals))  # rows of the first batch that are still in this one
         for step in range(self.settings.steps + 1):
-            nll, essence = self._losses(remaining)
-            self._note(nll.detach() + essence.detach(), nll.detach(), step, bar)
+            nll, wanting, essence = self._losses(remaining)
+            self._note(wanting.detach() + essence.detach(), nll.detach(), step, bar)
             if not self.active.any() or step == self.settings.steps:
                 break
             rows = self.active[self.batch.goals]
-            loss = (nll + essence + self._decay())[self.active.to(nll.device)].sum()
+            loss = (wanting + essence + self._decay())[self.active.to(nll.device)].sum()
             (self.change.grad,) = torch.autograd.grad(loss, [self.change])
             self.change.grad[~self.active.to(self.change.device)] = 0
             optimiser.step()
@@ -353,24 +368,31 @@ class _Search:
         bar.update(int(self.active.sum()))
         return [self._result(goal) for goal in range(len(self.lookups))]
 
-    def _losses(self, remaining: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean negative log-probability and penalty on the essence, (goal,) each; 0 for goals that left the batch."""
+    def _losses(self, remaining: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean negative log-probability, the part of it that is wanting, and penalty on the essence, (goal,) each.
+
+        All are 0 for goals that left the batch. An ending that is more probable than all else together wants nothing.
+        """
         batch = self.batch
         with patch(self.upper.vlm, {self.place: lambda output: _added(output, self.change, batch)}):
             logits = self.upper.logits()
         goals, bare = batch.goals.to(logits.device), batch.essence.to(logits.device)
         mask = batch.label_mask.to(logits)
         losses = cross_entropy(logits.flatten(0, 1), batch.labels.to(logits.device).flatten(), reduction="none")
-        per_row = (losses.view_as(mask) * mask).sum(-1) / mask.sum(-1).clamp(min=1)
-        nll = _mean_per_goal(per_row[~bare], goals[~bare], len(self.lookups))
+        losses, counts = losses.view_as(mask) * mask, mask.sum(-1).clamp(min=1)
+        wanting = torch.where(batch.ending_mask.to(mask.device), (losses - _LIKELY).relu(), losses)
+        nll, wanting = (
+            _mean_per_goal((each.sum(-1) / counts)[~bare], goals[~bare], len(self.lookups))
+            for each in (losses, wanting)
+        )
         missed = ((logits.argmax(-1) != batch.labels.to(logits.device)) & (mask > 0)).any(-1)
         self.is_first = _mean_per_goal(missed[~bare].float(), goals[~bare], len(self.lookups)).cpu() == 0
         if not bool(bare.any()):
-            return nll, torch.zeros_like(nll)
+            return nll, wanting, torch.zeros_like(nll)
         now = logits[bare, 0].log_softmax(-1)
         was = self.essence[self.essence_of[remaining][batch.essence].to(logits.device)]
         divergence = (now.exp() * (now - was)).sum(-1)
-        return nll, self.settings.essence_weight * _mean_per_goal(divergence, goals[bare], len(self.lookups))
+        return nll, wanting, self.settings.essence_weight * _mean_per_goal(divergence, goals[bare], len(self.lookups))
 
     def _decay(self) -> Tensor:
         squared = self.change.square().sum((1, 2))

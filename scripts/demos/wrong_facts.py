@@ -132,7 +132,7 @@ class FlagEdits:
 
     def editor(self, *, layer: int, token: str | int) -> ClosedFormEditor:
         """Return the settings of an edit: the text goes on after an answer, so its end is not part of the target."""
-        return editing.MultEdit(layer=layer, token=token, end_of_answer=False, ridge_fraction=self.ridge_fraction)
+        return editing.MultEdit(layer=layer, token=token, ending="none", ridge_fraction=self.ridge_fraction)
 
 
 class FlagMarking(Marking):

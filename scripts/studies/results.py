@@ -187,7 +187,9 @@ LABELS = {
     "alphaedit": "AlphaEdit, 4-6",
     "ft": "FineTune",
     "ft-l": "… bounded",
+    "ft-bf": "FineTune, breadth first",
     "lora": "LoRA",
+    "lora-bf": "LoRA, breadth first",
     "in-context": "InContext",
 }
 """Row -> its short name; the page explains each row."""

@@ -221,7 +221,14 @@ def editor_rows() -> tuple[EditorRow, ...]:
             "the same, no weight moved by more than 0.02",
             FineTune(layer=5, learning_rate=5e-3, entry_bound=2e-2),
         ),
+        _row(
+            "ft-bf",
+            "fine-tuning of layer 5's down projection, in epochs over mini-batches (LocFT-BF)",
+            FineTune.breadth_first(layer=5),
+            sequences=True,
+        ),
         _row("lora", "LoRA of rank 8 through PEFT, all layers", Lora()),
+        _row("lora-bf", "LoRA of rank 8 in all layers, in epochs over mini-batches", Lora.breadth_first()),
         _row("in-context", "the fact told before the question", InContext()),
     )
 

@@ -405,7 +405,7 @@ def check_edit(subject: Subject) -> None:
     both exports, opened by transformers alone, have the edited model's logits."""
     vlm, prompt = subject.vlm, subject.prompt
     before = {name: weight.clone() for name, weight in vlm.named_parameters()}
-    editor = mt.MultEdit(layer=vlm.layers // 2, token="last", steps=10, end_of_answer=False)
+    editor = mt.MultEdit(layer=vlm.layers // 2, token="last", steps=10, ending="none")
     delta = editor.edit(vlm, [mt.EditRequest(question=prompt, target=TARGET)], progress=False)
     assert all(("experts.down_proj[" in name) is subject.known.experts for name in delta.changes)
     with delta.applied(vlm):
@@ -414,7 +414,7 @@ def check_edit(subject: Subject) -> None:
     assert (edited - vlm.logits(prompt)).abs().max() > 1e-3
     merged = reopened(subject, save_merged(vlm, delta, subject.work / "merged", dtype=vlm.dtype))
     adapted = peft.PeftModel.from_pretrained(
-        reopened(subject, subject.folder), mt.to_peft(vlm, delta, subject.work / "peft")
+        reopened(subject, subject.folder), mt.to_peft(vlm, delta, subject.work / "peft").folder
     )
     given = processed(subject, prompt)
     with torch.no_grad():

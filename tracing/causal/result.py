@@ -19,6 +19,7 @@ from ...artefacts.files import write_arrays
 from ...artefacts.results import Result, long_frame, stacked_frame
 from ...models import Prompt
 from ..engine.cells import EngineReport, TraceError
+from .sites import EditSite
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,20 +55,6 @@ class CausalBlock:
     """Standard deviation of that cell's effect over the noise samples of one prompt; None for one sample."""
     interval: tuple[float, float] | None = None
     """95 % interval of that cell's mean effect over prompts, corrected for the choice among all cells of the kind."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EditSite:
-    """The recommended site of an edit: the layer's MLP at the token, with the reason in words."""
-
-    layer: int
-    token: str | int
-    """The token's group name if it has one (it then names the same token in every prompt), else its position."""
-    effect: float
-    """Indirect effect of the MLPs there, in units of the main metric."""
-    onset: int
-    """First layer at which restoring this token's hidden state recovers the requested share of the total effect."""
-    reason: str
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -207,8 +194,9 @@ class EffectMap(Result):
         Candidates are the rows of a single text token. The onset of a token is the first layer at which restoring its
         hidden state recovers a share of the total effect. Before it, the token does not yet carry what the corruption
         destroyed: a key taken there depends on the wording and not on the picture, so that an edit would change the
-        answer for every picture. For facts about pictures, trace under image corruption; a trace of corrupted words
-        cannot tell.
+        answer for every picture. A token that the corruption itself destroyed has its onset at layer 0, which says
+        nothing: restoring its embedding brings all of it back. Its MLP cells count from the first window on that does
+        not hold layer 0.
 
         Args:
             fraction: share of the total effect that defines the onset, above 0 and at most 1.
@@ -226,11 +214,15 @@ class EffectMap(Result):
         for row, token in enumerate(self.row_tokens):
             if token is None or (onset := self.onset(row, fraction)) is None:
                 continue
-            layer = onset + int(effects[row, onset:].argmax())
+            start = self.first_sound_layer(onset)
+            if start is None:
+                continue
+            layer = start + int(effects[row, start:].argmax())
             if best is None or effects[row, layer] > best.effect:
+                since = "from there on" if start == onset else f"from layer {start} on, the first without layer 0,"
                 reason = (
                     f"restoring the hidden state of {self.rows[row]!r} first gives back {fraction:.0%} of the total "
-                    f"effect at layer {onset}; from there on its MLPs act most at layer {layer}"
+                    f"effect at layer {onset}; {since} its MLPs act most at layer {layer}"
                 )
                 best = EditSite(layer=layer, token=token, effect=float(effects[row, layer]), onset=onset, reason=reason)
         if best is None:
@@ -239,6 +231,17 @@ class EffectMap(Result):
                 'total effect when its hidden state is restored; trace more rows, such as positions="tokens"'
             )
         return best
+
+    def first_sound_layer(self, onset: int) -> int | None:
+        """Return the first layer whose MLP cell says where a token with this onset keeps a fact; None for none.
+
+        It is the onset, except where that is layer 0: the corruption then destroyed the token itself, and a window with
+        layer 0 restores what its embedding says rather than what the model knows.
+        """
+        if onset:
+            return onset
+        sound = (self.spans["mlp"][:, 0] > 0).nonzero().flatten().tolist()
+        return sound[0] if sound else None
 
     @property
     def variant(self) -> str:

@@ -1,0 +1,179 @@
+"""The questions that an edit is to leave as they are, found without asking for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from ...data.facts import EditRequest, PictureSource, Question
+from ...models import VisionLanguageModel
+from ..requests import EditError, answers_where_finite, edited_questions
+from .names import other_subjects
+
+TEMPLATES = (
+    "{} is known for",
+    "The population of {} is about",
+    "The history of {} begins",
+    "A friend of mine has heard of {} and",
+    "The name of {} comes from",
+    "{} is one of the",
+    "People say that {} has",
+    "In the year 2000, {} was",
+)
+"""Beginnings of sentences about a subject of any kind, whose next words an edit of another fact should not change."""
+_ENOUGH = 4
+"""Number of other subjects among the requests at hand from which on the model is not asked for names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Siblings:
+    """Where the questions come from that an edit leaves as they are, and how many of them.
+
+    Siblings of a request are the same question about other subjects or pictures, and other questions about the same
+    subject or picture. Other requests at hand supply both. Raises `EditError` for a setting out of range.
+    """
+
+    names: tuple[str, ...] = ()
+    """Names of other subjects. Without any, the model is asked for names (`other_subjects`)."""
+    pictures: tuple[PictureSource, ...] = ()
+    """Pictures of other things, about which the question of a picture is asked too."""
+    templates: tuple[str, ...] = TEMPLATES
+    """Other questions about the same subject, with {} in its place. Those that the model answers as it answers the
+    request, or with the request's target, count as wordings of the request and are left out."""
+    others: int = 20
+    """Maximum number of the same question about other subjects or pictures, for each request."""
+    own: int = 6
+    """Maximum number of other questions about the same subject or picture, for each request."""
+    mean: bool = False
+    """Whether the mean key of the others is kept instead of each: one constraint, which removes most of the leak."""
+
+    def __post_init__(self) -> None:
+        for name in ("others", "own"):
+            if getattr(self, name) < 0:
+                raise EditError(f"Siblings got {name}={getattr(self, name)}; pass a number of at least 0")
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise EditError(
+                    f"a template of Siblings is {template!r}; write {{}} once, where the subject's name stands"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiblingSet:
+    """The siblings of one request."""
+
+    others: tuple[Question, ...] = ()
+    """The same question about other subjects or pictures."""
+    own: tuple[Question, ...] = ()
+    """Other questions about the same subject or picture."""
+
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        """All of them."""
+        return (*self.others, *self.own)
+
+
+class SiblingFinder:
+    """Finds the siblings of requests, and keeps the names that a model has given for the requests that follow."""
+
+    def __init__(self, vlm: VisionLanguageModel) -> None:
+        self.vlm = vlm
+        self._names: dict[tuple[str, str], tuple[str, ...]] = {}
+
+    def find(
+        self, requests: Sequence[EditRequest], settings: Siblings, *, only: Sequence[int] | None = None
+    ) -> tuple[SiblingSet, ...]:
+        """Return the siblings of each request; no question that is to change for any of them is among them.
+
+        The model is run to name other subjects, and once for each other question about the same subject.
+
+        only: The indices of the requests whose siblings are wanted (default: all); the others supply subjects alone.
+        """
+        edited = {question.key for request in requests for question in edited_questions(request)}
+        found = []
+        for request in requests if only is None else [requests[index] for index in only]:
+            others = [question for question in self._others(request, requests, settings) if question.key not in edited]
+            own = [question for question in self._own(request, requests, settings) if question.key not in edited]
+            own = self._without_wordings(request, own[: 2 * settings.own])
+            found.append(SiblingSet(others=_first(others, settings.others), own=_first(own, settings.own)))
+        return tuple(found)
+
+    def _others(self, request: EditRequest, requests: Sequence[EditRequest], settings: Siblings) -> Iterator[Question]:
+        question = request.question
+        if question.images:
+            if len(question.images) == 1:
+                at_hand = (other.question.images for other in requests if len(other.question.images) == 1)
+                pictures = [*settings.pictures, *(image for images in at_hand for image in images)]
+                yield from (question.with_image(picture) for picture in pictures)
+            return
+        subject = question.constraint
+        if not isinstance(subject, str) or question.text.count(subject) != 1:
+            return
+        frame = question.text.replace(subject, "{}")
+        at_hand = [
+            other.question.constraint
+            for other in requests
+            if isinstance(other.question.constraint, str)
+            and not other.question.images
+            and other.question.text.replace(other.question.constraint, "{}") == frame
+        ]
+        names = [*settings.names, *(name for name in at_hand if name != subject)]
+        if len(names) < _ENOUGH:
+            names += self._named(question, frame, settings.others)
+        yield from (_about(question, name) for name in dict.fromkeys(names) if name != subject)
+
+    def _named(self, question: Question, frame: str, number: int) -> tuple[str, ...]:
+        """Names that the model gives."""
+        key = (frame, str(question.constraint))
+        if key not in self._names:
+            self._names[key] = other_subjects(self.vlm, question, number=2 * number) if number else ()
+        return self._names[key]
+
+    def _own(self, request: EditRequest, requests: Sequence[EditRequest], settings: Siblings) -> Iterator[Question]:
+        question, subject = request.question, request.question.constraint
+        if question.images:
+            for other in requests:
+                if len(other.question.images) == len(question.images):
+                    yield replace(other.question.with_image(question.image), answer=None, answers=(), id="")
+        elif isinstance(subject, str):
+            frames = [
+                (other.question.text.replace(other.question.constraint, "{}"), other.question.template)
+                for other in requests
+                if isinstance(other.question.constraint, str)
+                and other.question.text.count(other.question.constraint) == 1
+                and not other.question.images
+            ]
+            for frame, template in [
+                *((each, question.template) for each in settings.templates),
+                *dict.fromkeys(frames),
+            ]:
+                yield _filled(frame, subject, template)
+
+    def _without_wordings(self, request: EditRequest, own: Sequence[Question]) -> list[Question]:
+        """The questions that the model answers neither as it answers the request nor with its target."""
+        if not own:
+            return []
+        said, *answers = answers_where_finite(self.vlm, [request.question, *own], max_new_tokens=2)
+        target = request.target.casefold()
+        return [
+            question
+            for question, answer in zip(own, answers, strict=True)
+            if answer and answer != said and not target.startswith(answer.casefold())
+        ]
+
+
+def _about(question: Question, name: str) -> Question:
+    """The same question about another subject."""
+    return _filled(question.text.replace(str(question.constraint), "{}"), name, question.template)
+
+
+def _filled(frame: str, subject: str, template: str | None) -> Question:
+    text = frame.replace("{}", subject)
+    if frame.startswith("{}"):  # a sentence begins with a capital letter: "The Netherlands has"
+        text, subject = text[:1].upper() + text[1:], subject[:1].upper() + subject[1:]
+    return Question(text=text, constraint=subject if text.count(subject) == 1 else None, template=template)
+
+
+def _first(questions: Sequence[Question], number: int) -> tuple[Question, ...]:
+    """The first different questions."""
+    return tuple({question.key: question for question in questions}.values())[:number]
