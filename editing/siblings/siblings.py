@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ...data.facts import EditRequest, PictureSource, Question
@@ -78,27 +78,50 @@ class SiblingFinder:
 
     def __init__(self, vlm: VisionLanguageModel) -> None:
         self.vlm = vlm
-        self._names: dict[tuple[str, str], tuple[str, ...]] = {}
+        self._names: dict[tuple[str, str, int], tuple[str, ...]] = {}
 
     def find(
-        self, requests: Sequence[EditRequest], settings: Siblings, *, only: Sequence[int] | None = None
+        self,
+        requests: Sequence[EditRequest],
+        settings: Siblings,
+        *,
+        only: Sequence[int] | None = None,
+        room: int | None = None,
     ) -> tuple[SiblingSet, ...]:
         """Return the siblings of each request; no question that is to change for any of them is among them.
 
         The model is run to name other subjects, and once for each other question about the same subject.
 
-        only: The indices of the requests whose siblings are wanted (default: all); the others supply subjects alone.
+        Args:
+            requests: The requests that are edited together.
+            settings: Where siblings come from, and how many of them.
+            only: The indices of the requests whose siblings are wanted (default: all); the others supply subjects.
+            room: Maximum number of siblings in all (default: any). Requests get equal parts of it; where there are more
+                requests than room, only some of them have a sibling.
         """
+        others, own = settings.others, settings.own
+        wanted = range(len(requests)) if only is None else only
+        if room is not None:
+            others, own = _parts(room // max(1, len(wanted)), settings)
+            every = max(1, -(-len(wanted) // max(1, room)))
+        else:
+            every = 1
         edited = {question.key for request in requests for question in edited_questions(request)}
         found = []
-        for request in requests if only is None else [requests[index] for index in only]:
-            others = [question for question in self._others(request, requests, settings) if question.key not in edited]
-            own = [question for question in self._own(request, requests, settings) if question.key not in edited]
-            own = self._without_wordings(request, own[: 2 * settings.own])
-            found.append(SiblingSet(others=_first(others, settings.others), own=_first(own, settings.own)))
+        for place, index in enumerate(wanted):
+            request = requests[index]
+            if place % every:
+                found.append(SiblingSet())
+                continue
+            same = (each for each in self._others(request, requests, settings, others) if each.key not in edited)
+            about = (each for each in self._own(request, requests, settings) if each.key not in edited)
+            apart = self._without_wordings(request, _first(about, 2 * own))
+            found.append(SiblingSet(others=_first(same, others), own=_first(apart, own)))
         return tuple(found)
 
-    def _others(self, request: EditRequest, requests: Sequence[EditRequest], settings: Siblings) -> Iterator[Question]:
+    def _others(
+        self, request: EditRequest, requests: Sequence[EditRequest], settings: Siblings, number: int
+    ) -> Iterator[Question]:
         question = request.question
         if question.images:
             if len(question.images) == 1:
@@ -119,12 +142,12 @@ class SiblingFinder:
         ]
         names = [*settings.names, *(name for name in at_hand if name != subject)]
         if len(names) < _ENOUGH:
-            names += self._named(question, frame, settings.others)
+            names += self._named(question, frame, number)
         yield from (_about(question, name) for name in dict.fromkeys(names) if name != subject)
 
     def _named(self, question: Question, frame: str, number: int) -> tuple[str, ...]:
         """Names that the model gives."""
-        key = (frame, str(question.constraint))
+        key = (frame, str(question.constraint), number)
         if key not in self._names:
             self._names[key] = other_subjects(self.vlm, question, number=2 * number) if number else ()
         return self._names[key]
@@ -174,6 +197,19 @@ def _filled(frame: str, subject: str, template: str | None) -> Question:
     return Question(text=text, constraint=subject if text.count(subject) == 1 else None, template=template)
 
 
-def _first(questions: Sequence[Question], number: int) -> tuple[Question, ...]:
+def _first(questions: Iterable[Question], number: int) -> tuple[Question, ...]:
     """The first different questions."""
-    return tuple({question.key: question for question in questions}.values())[:number]
+    found: dict[str, Question] = {}
+    for question in questions if number else ():
+        found[question.key] = question
+        if len(found) == number:
+            break
+    return tuple(found.values())
+
+
+def _parts(room: int, settings: Siblings) -> tuple[int, int]:
+    """The numbers of other subjects and of other questions about a subject that fit into a request's room."""
+    if settings.others + settings.own <= room:
+        return settings.others, settings.own
+    own = min(settings.own, room // 4)
+    return max(1, min(settings.others, room - own)) if settings.others else 0, own

@@ -53,7 +53,7 @@ class KeptFinder:
         self.token = editor.place[1]
 
     def find(
-        self, requests: Mapping[int, EditRequest], siblings: Mapping[int, SiblingSet], *, keys: int, room: int
+        self, requests: Mapping[int, EditRequest], siblings: Mapping[int, SiblingSet], *, keys: int
     ) -> list[KeptQuestion]:
         """Return the questions, each once: those that the requests ask to keep, then siblings.
 
@@ -61,7 +61,6 @@ class KeptFinder:
             requests: The requests by their index.
             siblings: The siblings of each of them; empty for none.
             keys: The largest number of keys of an edit: one for each answer position where these are edited.
-            room: Maximum number of keys of siblings, less those of questions that requests ask to keep.
         """
         asked = {question.key: question for request in requests.values() for question in request.preserve_prompts}
         kept = self._asked_for(list(asked.values()))
@@ -72,7 +71,6 @@ class KeptFinder:
             without=asked.keys(),
             own=self.is_last(next(iter(requests.values())).question),
             mean=self.editor.siblings.mean,
-            room=max(1, room - len(kept)),
             has_token=self.has_token,
         )
         return kept + (found if keys == 1 else self._with_answers(found, keys))
@@ -127,7 +125,6 @@ def kept_siblings(
     without: Collection[str],
     own: bool,
     mean: bool,
-    room: int,
     has_token: Callable[[Question], bool],
 ) -> list[KeptQuestion]:
     """Return the siblings of requests as kept questions, each question once.
@@ -138,7 +135,6 @@ def kept_siblings(
         own: Whether other questions about the same subject are kept, too. Their keys at the subject itself are nearly
             the request's own.
         mean: Whether mean keys are kept.
-        room: Maximum number of keys to keep: beyond it, mean keys are kept instead.
         has_token: Whether a question has the edited token.
     """
     seen, found = set(without), []
@@ -152,8 +148,6 @@ def kept_siblings(
                     goal = PlainGoal(questions=(question,), target=None)
                     shape = {"owner": owner, "kind": kind, "held_out": is_held_out}
                     found.append(KeptQuestion(name=repr(question.text), goal=goal, averaged=mean, **shape))
-    if not mean and sum(not each.held_out for each in found) > room:
-        return kept_siblings(sets, without=without, own=own, mean=True, room=room, has_token=has_token)
     return found
 
 
