@@ -20,6 +20,7 @@ from .files import (
 )
 from .folders import (
     ArtefactError as ArtefactError,
+    cache_folder as cache_folder,
     one_at_a_time as one_at_a_time,
     remove_leftovers as remove_leftovers,
     replacing as replacing,

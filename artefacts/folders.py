@@ -42,6 +42,16 @@ class ArtefactError(ValueError):
     """Raised when a file, an average or a figure cannot be made or read; the message says what to do next."""
 
 
+def cache_folder() -> Path:
+    """Return the user's cache, of models and moments: $MULTRACE_CACHE, else `multrace` in $XDG_CACHE_HOME or ~/.cache.
+
+    Whatever lies there can be made again.
+    """
+    if own := os.environ.get("MULTRACE_CACHE"):
+        return Path(os.path.expanduser(own))
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "multrace"
+
+
 @contextmanager
 def replacing(path: str | Path, *, error: type[ValueError] = ArtefactError) -> Iterator[Path]:
     """Yield a temporary path in the same folder, which replaces `path` when the block ends without an error.

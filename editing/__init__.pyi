@@ -29,6 +29,8 @@ from .evaluation.reports import (
 from .evaluation.sequences import NormBound as NormBound
 from .moments.collect import second_moments as second_moments
 from .moments.moments import Moments as Moments
+from .moments.own import MomentSource as MomentSource, OwnMoments as OwnMoments, own_moments as own_moments
+from .moments.samples import own_prompts as own_prompts
 from .requests import (
     EDITED as EDITED,
     NOT_GENERATED as NOT_GENERATED,

@@ -380,6 +380,18 @@ def build(
     return prompt if answer is None else prompt.with_answer(answer)
 
 
+def build_for(frontend: Frontend, question: Question, *, answer: str | None = None) -> Prompt:
+    """Return the prompt of a plain question; see `VisionLanguageModel.prompt_for`."""
+    return build(
+        frontend,
+        question.images or None,
+        question.text,
+        constraint=question.words or None,
+        answer=answer,
+        template=question.template,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Layout:
     """The mapping from characters of the prompt's text to its positions."""

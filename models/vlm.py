@@ -25,6 +25,7 @@ from .generation import Continuation, Score, check_room, generate, score_answer
 from .guards import ModelLock, evaluating, uninterrupted
 from .hooks import capture, first_call, main_tensor
 from .layout import pixels_of
+from .opening import opening
 from .pictures import named_features, projected_features
 from .placement import (
     OpenedWeight,
@@ -39,7 +40,7 @@ from .placement import (
     values,
     weight_names,
 )
-from .prompts import Prompt, PromptInputs, build
+from .prompts import Prompt, PromptInputs, build, build_for
 from .readout import AfterHead, at_least_float32, measure_readout, run_on_token
 from .weights import WeightDigests, digest_weight, save_directory, without_origin
 
@@ -280,14 +281,21 @@ class VisionLanguageModel:
             >>> prompt.as_question() == question
             True
         """
-        return build(
-            self.frontend,
-            question.images or None,
-            question.text,
-            constraint=question.words or None,
-            answer=answer,
-            template=question.template,
-        )
+        return build_for(self.frontend, question, answer=answer)
+
+    def opening(self) -> Prompt:
+        """Return the prompt before any text, from which a model samples texts of its own (`continuations`).
+
+        It is the token that begins every text or, for a tokenizer without one, a line end; where that would merge with
+        the text, it is the word "The". `Prompt.text` is what stands before the text.
+
+        Example:
+            >>> import multrace as mt
+            >>> from multrace.data import tiny_vlm_path
+            >>> mt.load(tiny_vlm_path()).opening().tokens
+            ('<s>',)
+        """
+        return opening(self.frontend)
 
     def check_prompt(self, prompt: Inputs) -> None:
         """Raise `ModelError` for a prompt, or its inputs, whose ids or pictures mean something else to this model.
@@ -820,6 +828,9 @@ class VisionLanguageModel:
                 random state is left as it is.
             batch_size: As for `answers`.
             progress: Show a progress bar.
+
+        Returns:
+            One continuation per prompt, in the order of the prompts.
 
         Raises:
             ModelError: As for `answers`.

@@ -54,8 +54,8 @@ EXAMPLE = f"""examples:
       --where 4:last --keep-image other.jpg --keep-question "What colour is the sign?" --dry-run
           edit layer 4 at the last token, keep two answers, and only report what would happen
   multrace edit --image photo.jpg --question "Who founded the company in this photo?" --target "Ada Example" \\
-      --also-text "Who founded Example Works?" --editor memit --moments out/moments/moments.safetensors \\
-      --where 3-5 --save-model out/edited_model
+      --also-text "Who founded Example Works?" --editor memit --where 3-5 \\
+      --save-model out/edited_model
           spread the change over layers 3 to 5, weigh old keys, and write the edited model as well
   multrace edit --image photo.jpg --question "Who founded the company in this photo?" --target "Ada Example" \\
       --trace out/trace/trace.safetensors
@@ -187,7 +187,7 @@ def _run(options: Edit, plan: _Plan) -> int:
     """Edit all records of a file in a run, which can be resumed."""
     analysis = workflow.EditRun(
         editor=_editor(options, plan.place),
-        moments=options.moments,
+        moments=options.moments_file,
         trace=plan.trace,
         trace_files=options.trace or (),
         each=options.each,

@@ -32,6 +32,8 @@ _PLACE = ("layer", "layers", "token", "spread", "where")
 NAMES = (*EDITORS, *GRADIENT_EDITORS, *BASELINES)
 """Every name that --editor takes."""
 PAPER = "paper"
+OWN_MOMENTS, NO_MOMENTS = "own", "none"
+"""What --moments takes in place of a file."""
 _GRADIENT_SPREAD = 2
 """Number of layers that an editor by one gradient step changes, unless --spread or --where says otherwise."""
 ANY_LAYER = 10**6
@@ -57,10 +59,12 @@ class EditorOptions(GeneralOptions):
     moments: Annotated[
         Path | None,
         Parameter(
-            help="second moments of old keys, made by multrace moments, by which rome, memit, emmet and alphaedit "
-            "weigh old keys, and multedit with --moment-weight (default: none)",
+            help="second moments of old keys, by which rome, memit, emmet and alphaedit weigh old keys, and multedit "
+            "with --moment-weight: a FILE made by multrace moments; own for those of texts that the model samples, "
+            "and of its answers about the pictures of the edits, which take about a minute with a small model and are "
+            "then kept in the cache; or none (default: own, where the editor needs them)",
             group=EDITOR,
-            metavar="FILE",
+            metavar="FILE|own|none",
         ),
     ] = None
     projection: Annotated[
@@ -351,7 +355,7 @@ class EditorOptions(GeneralOptions):
         return sibling_room.Siblings(names=names, pictures=pictures)
 
     def check_moments(self, editors: Mapping[str, Any]) -> None:
-        """Raises `CommandError` if an editor lacks --moments or none uses them, `EditError` if the file is damaged.
+        """Raises `CommandError` if an editor needs what --moments refuses or none uses it, `EditError` for a bad file.
 
         editors: the editors that will be used, by name.
         """
@@ -360,26 +364,32 @@ class EditorOptions(GeneralOptions):
             for name, editor in editors.items()
             if isinstance(editor, editing.ClosedFormEditor) and editor.needs_moments
         }
-        if self.moments is not None:
-            editing.Moments.load(self.moments)
+        if self.moments is not None and str(self.moments) != NO_MOMENTS:
+            if self.moments_file is not None:
+                editing.Moments.load(self.moments_file)
             if not needing:
                 raise CommandError(
                     f"--moments plays no part, since {' and '.join(editors)} would not weigh old keys by it; pass "
                     "--moment-weight WEIGHT, such as 10, or leave --moments out"
                 )
             return
-        for name, editor in needing.items():
+        for name, editor in needing.items() if self.moments is not None else ():
             without = "" if editor.has_null_space else ", or --moment-weight 0 to do without them"
             raise CommandError(
-                f"{name} weighs old keys by their second moments, and --moments is missing; collect them with multrace "
-                f"moments and pass --moments FILE{without}"
+                f"{name} weighs old keys by their second moments, and --moments is {NO_MOMENTS}; leave --moments out, "
+                f"so that the model samples texts for them, or pass --moments FILE, made by multrace moments{without}"
             )
 
+    @property
+    def moments_file(self) -> Path | None:
+        """The file of --moments; None without one."""
+        return None if str(self.moments) in (str(None), OWN_MOMENTS, NO_MOMENTS) else self.moments
+
     def open_moments(self, vlm: "models.VisionLanguageModel") -> "editing.Moments | None":
-        """Return the moments of --moments, or None without it. Raises `EditError` if they do not fit the model."""
-        if self.moments is None:
+        """Return the moments in the file of --moments, None for own ones. Raises `EditError` if they do not fit."""
+        if self.moments_file is None:
             return None
-        moments = editing.Moments.load(self.moments)
+        moments = editing.Moments.load(self.moments_file)
         moments.check(vlm)
         return moments
 

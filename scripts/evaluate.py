@@ -244,7 +244,7 @@ def _analysis(options: Evaluate, plan: _Plan, name: str) -> workflow.Analysis:
     """Return the analysis of the records with the editor of this name."""
     given: dict[str, Any] = {
         "editor": _editor(options, name, plan.place),
-        "moments": options.moments,
+        "moments": options.moments_file,
         "general": plan.general,
         "texts": plan.texts,
         "cloze": plan.cloze,

@@ -19,6 +19,8 @@ from .options import PROJECTIONS, CommandError, FileOptions, ModelOptions, Sourc
 
 EXAMPLE = """examples:
   multrace moments --world --limit 400 --layers 3-5 --out out/moments        the embedded model and its world
+  multrace moments --model llava-hf/llava-1.5-7b-hf --own --images photos --layers 5-9 --out out/own_moments
+          texts that the model samples, and its own answers about the pictures in a folder: no corpus is needed
   multrace moments --model llava-hf/llava-1.5-7b-hf --dtype bfloat16 --device-map cuda:0 \\
       --data records.jsonl --layers 5-9 --tolerance 0.05 --cache out/parts --out out/llava_moments
 
@@ -41,10 +43,22 @@ class MomentOptions(ModelOptions, FileOptions, SourceOptions):
     world: Annotated[
         bool, Parameter(help="read questions about the built-in world instead of a file; --limit says how many")
     ] = False
+    own: Annotated[
+        bool,
+        Parameter(
+            help="read texts that the model itself samples and, with --images FOLDER, its own answers to questions "
+            "about the pictures there, instead of a file: as multrace edit does without --moments"
+        ),
+    ] = False
     limit: Annotated[
-        int | None, Parameter(help="maximum number of records or questions to read (default: all records)", metavar="N")
+        int | None,
+        Parameter(
+            help="maximum number of records or questions to read, or number of samples of --own (default: all records; "
+            "200 to 1000 samples, until there are four tokens for each entry of a key)",
+            metavar="N",
+        ),
     ] = None
-    seed: Annotated[int, Parameter(help="random seed of the order of --world", metavar="N")] = 0
+    seed: Annotated[int, Parameter(help="random seed of the order of --world or the samples of --own", metavar="N")] = 0
     layers: Annotated[
         str | None, Parameter(help="layers to read, such as 5, 3-7 or 0,2,5-7 (default: all)", metavar="LAYERS")
     ] = None
@@ -89,7 +103,7 @@ class MomentOptions(ModelOptions, FileOptions, SourceOptions):
         Path | None,
         Parameter(
             help="folder for intermediate sums, from which an interrupted call continues and a repeated one answers "
-            "at once (default: keep none)",
+            "at once (default: keep none; with --own, the cache of the user)",
             metavar="DIR",
         ),
     ] = None
@@ -97,10 +111,12 @@ class MomentOptions(ModelOptions, FileOptions, SourceOptions):
 
     def check(self) -> None:
         """Raises `CommandError` unless there is exactly one source, with options that belong to it and are in range."""
-        if (self.data is None) != self.world:
-            raise CommandError("pass one of --data FILE and --world, so that there is something to read")
+        if (self.data is not None) + self.world + self.own != 1:
+            raise CommandError("pass one of --data FILE, --world and --own, so that there is something to read")
         if self.world and (wrong := self.given(("format", "images"))):
             raise CommandError(f"{wrong[0]} belongs to --data FILE; leave it out")
+        if self.own and (wrong := self.given(("format", "batch_size", "memory", "tolerance", "every"))):
+            raise CommandError(f"{wrong[0]} does not belong to --own; leave it out")
         if self.world and self.limit is None:
             raise CommandError("--world has no end; pass the number of questions as --limit N")
         if self.limit is not None and self.limit < 1:
@@ -130,6 +146,8 @@ def run(options: MomentOptions = MomentOptions()) -> int:
     check_files(options.out, FILES)
     if options.cache is not None:
         check_files(options.cache, ())
+    if options.own:
+        return _run_own(options, layers)
     questions, skipped = _questions(options)
     vlm = options.open_model()
     needed = moment_sums.memory_of_moments(vlm, layers, projection=options.projection, expert=options.expert)
@@ -148,10 +166,26 @@ def run(options: MomentOptions = MomentOptions()) -> int:
         cache=options.cache,
         progress=True,
     )
-    seconds = time.monotonic() - started
+    return _written(options, moments, len(questions), skipped, time.monotonic() - started)
+
+
+def _run_own(options: MomentOptions, layers: tuple[int, ...] | None) -> int:
+    """Sample texts and answers of the model and write their moments."""
+    pictures = () if options.images is None else options.images
+    moment_sums.pictures_to_ask_about(pictures)  # says what is wrong with the folder before the model is opened
+    vlm, started = options.open_model(), time.monotonic()
+    given = {"layers": layers, "projection": options.projection, "expert": options.expert, "cache": options.cache}
+    moments = editing.own_moments(vlm, **given, pictures=pictures, number=options.limit, seed=options.seed)
+    return _written(options, moments, moments.prompts, (), time.monotonic() - started)
+
+
+def _written(
+    options: MomentOptions, moments: editing.Moments, offered: int, skipped: Sequence[str], seconds: float
+) -> int:
+    """Write moments and print what they are of."""
     with new_files(options.out) as folder:
         moments.save(folder / FILES[0])
-    print(*_lines(moments, len(questions), skipped), sep="\n")
+    print(*_lines(moments, offered, skipped), sep="\n")
     print(f"time         {seconds:.1f} s", f"written: {options.out / FILES[0]}", sep="\n")
     return 0
 

@@ -1,6 +1,6 @@
 """Models with random weights, one per family, saved to a temporary folder and opened like any other; and pictures."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,6 +16,17 @@ from PIL import Image, ImageDraw
 from random_models import CHAT_TEMPLATE, make_llava, make_processor, make_tokenizer, save, text_sizes
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PhiConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+USER_CACHE = multrace.workflow.cache_folder()
+"""The cache of the user, in which the real models are."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Whatever the tests keep in the cache of the user lies in a folder of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MULTRACE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -161,7 +172,7 @@ def tiny_vlm() -> VisionLanguageModel:
 @pytest.fixture(scope="session")
 def flags_model_path() -> Path:
     """The real model that reads flags, in the cache of the user."""
-    folder = multrace.workflow.cached_model("flags-vlm")
+    folder = multrace.workflow.cached_model("flags-vlm", cache=USER_CACHE)
     if folder is None:
         pytest.skip("needs the model that reads flags in the cache: make test-real")
     return folder

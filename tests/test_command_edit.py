@@ -14,7 +14,7 @@ from multrace.data import World
 from multrace.editing import preview
 from multrace.editing.changes import WeightChange
 from multrace.editing.evaluation import sizes
-from multrace.editing.moments import second_moments
+from multrace.editing.moments import own, second_moments
 from multrace.models import VisionLanguageModel, capture
 from multrace.scripts import (
     NAMES,
@@ -318,6 +318,21 @@ def test_layers_share_the_work_and_old_keys_are_weighed(
         assert f"--moments plays no part, since {weightless['editor']} would not" in capsys.readouterr().err
 
 
+def test_old_keys_are_weighed_without_any_file(
+    desk: Desk, tiny_vlm: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setattr(own, "LEAST", 24)
+    monkeypatch.setattr(own, "MOST", 24)
+    assert app(desk.asked(editor="rome")) == 0
+    target = desk.rows[0]["target"]
+    with mt.Delta.load(desk.out / "edit.safetensors").applied(tiny_vlm):
+        assert tiny_vlm.answers([desk.prompt(tiny_vlm, 0)]) == [target]
+    assert app(desk.asked(editor="rome", moments="own", out=str(desk.folder / "again"))) == 0
+    assert (desk.folder / "again" / "edit.safetensors").read_bytes() == (desk.out / "edit.safetensors").read_bytes()
+    assert app(desk.asked(editor="multedit", moments="own")) == 2
+    assert "--moments plays no part" in capsys.readouterr().err
+
+
 def test_a_trace_made_before_says_where(desk: Desk, tiny_vlm: VisionLanguageModel, capsys: pytest.CaptureFixture):
     swap, prompt = mt.SwapImage(desk.picture(1)), desk.prompt(tiny_vlm, 0)
     words = {"sites": ("hidden", "mlp"), "positions": ("constraint_last", "last"), "progress": False}
@@ -360,7 +375,7 @@ BAD: dict[str, tuple[dict[str, object], str]] = {  # name: changed options, what
     "unknown token": ({"where": "5:nowhere"}, "cannot edit at token 'nowhere'"),
     "gradient step by a trace": ({"editor": "ultraedit", "where": "trace"}, "pass --where LAYER or --where FIRST-LAST"),
     "gradient step at a token": ({"editor": "ultraedit", "where": "5:constraint_last"}, "not 'constraint_last'"),
-    "no moments": ({"editor": "rome"}, "pass --moments FILE"),
+    "no moments": ({"editor": "rome", "moments": "none"}, "--moments is none; leave --moments out"),
     "moments of nothing": ({"moments": "{folder}/0.png"}, "is not a readable safetensors file"),
     "nothing to trace under": ({"where": "trace"}, "needs --corrupt"),
     "trace at a place": ({"trace": "{folder}/0.png"}, "belong to --where trace"),

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from multrace import MultEdit, VisionLanguageModel
+from multrace import ROME, MultEdit, VisionLanguageModel
 from multrace.data import DataError, EditCase, Question, World, WorldRequests, another_picture, world_records
 from multrace.data.facts import ABILITY, EFFICACY, LOCALITY
 from multrace.editing import FineTune, InContext
 from multrace.editing.evaluation import EXACT, UNCHANGED, EditCurve, EditReport
+from multrace.editing.moments import own, second_moments
 from multrace.scripts import (
     CommandError,
     RequestOptions,
@@ -241,8 +242,14 @@ BAD_OPTIONS = {
     "no such file": (["--data", "gone.jsonl"], "cannot read .gone.jsonl"),
     "facts of no world": (["--world", "outdated", "--general", "world:many"], "write world or world:100"),
     "general in a sequence": (["--world", "outdated", "--general", "world", "--mode", "sequence"], "--general"),
-    "no moments": (["--world", "outdated", "--editor", "memit"], "--moments FILE, or --moment-weight 0"),
-    "moments that no weight replaces": (["--world", "outdated", "--editor", "alphaedit"], "pass --moments FILE$"),
+    "no moments": (
+        ["--world", "outdated", "--editor", "memit", "--moments", "none"],
+        "by multrace moments, or --moment-weight 0",
+    ),
+    "moments that no weight replaces": (
+        ["--world", "outdated", "--editor", "alphaedit", "--moments", "none"],
+        "made by multrace moments$",
+    ),
     "a setting of another editor": (["--world", "outdated", "--editor", "ft", "--ridge", "1"], "no setting 'ridge'"),
 }
 
@@ -253,6 +260,21 @@ def test_bad_options_are_found_before_the_model_is_opened(arguments: list[str], 
     with pytest.raises((CommandError, DataError), match=message):
         run(*arguments, *where, "--model", "/gone", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_single_edits_weigh_old_keys_by_the_same_samples(row, write, tmp_path, monkeypatch):
+    monkeypatch.setattr(own, "LEAST", 24)
+    monkeypatch.setattr(own, "MOST", 24)
+    other = {**row, "id": "a2", "image": "c.png", "contexts": [], "rewrite_prompts": [], "probes": []}
+    drawn = []
+    monkeypatch.setattr(own, "second_moments", lambda *given, **rest: drawn.append(1) or second_moments(*given, **rest))
+    data = write({**row, "probes": []}, other)
+    assert run("--data", data, "--where", "5:last", "--free-only", "--editor", "rome", "--out", tmp_path / "out") == 0
+    report = EditReport.load(tmp_path / "out" / "rome" / "summary" / "evaluation.json")
+    score = report.score(EFFICACY, EXACT).after
+    assert (score.mean, score.records) == (1, 2) and len(drawn) == 1
+    settings = [EvaluateRun(editor=editor(layer=5)).settings()["moments"] for editor in (ROME, MultEdit)]
+    assert settings == ["own samples", None]
 
 
 def test_a_place_that_does_not_exist_is_an_error_and_not_a_result(row, write, tmp_path):

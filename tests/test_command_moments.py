@@ -9,7 +9,8 @@ import pytest
 import torch
 from multrace import VisionLanguageModel
 from multrace.data import DataError, world_questions
-from multrace.editing.moments import Moments, second_moments
+from multrace.editing import EditError
+from multrace.editing.moments import Moments, own_prompts, second_moments
 from multrace.models import ModelError
 from multrace.scripts import CommandError, moments as command
 from multrace.scripts.main import parse
@@ -73,10 +74,25 @@ def test_the_world_is_read_without_data(
     assert "convergence  not measured" in capsys.readouterr().out
 
 
+def test_the_models_own_samples_need_no_corpus(
+    tiny_vlm: VisionLanguageModel, tmp_path: Path, make_photo: Callable[[int], Image.Image]
+):
+    make_photo(1).save(tmp_path / "photo.png")
+    options = ["--own", "--images", tmp_path, "--limit", 6, "--seed", 2, "--layers", 5, "--cache", tmp_path / "kept"]
+    assert run(*options, "--out", tmp_path / "out") == 0
+    found = Moments.load(tmp_path / "out" / "moments.safetensors")
+    expected = second_moments(tiny_vlm, own_prompts(tiny_vlm, pictures=tmp_path, number=6, seed=2), layers=[5])
+    assert torch.equal(found.matrix(5), expected.matrix(5)) and found.is_own
+    assert found.count("image") == 3 * 64 and any((tmp_path / "kept").iterdir())
+
+
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        ([], "one of --data FILE and --world"),
+        ([], "one of --data FILE, --world and --own"),
+        (["--own", "--world", "--limit", 3], "one of --data"),
+        (["--own", "--memory", 3], "--memory does not belong to --own"),
+        (["--own", "--images", "no-such-folder"], "no picture in the folder"),
         (["--data", "a.jsonl", "--world"], "one of --data"),
         (["--world", "--limit", 0], "at least one question"),
         (["--world"], "pass the number of questions as --limit N"),
@@ -87,7 +103,7 @@ def test_the_world_is_read_without_data(
     ],
 )
 def test_what_cannot_be_read_is_said_before_a_model_is_opened(words: list, match: str, tmp_path: Path):
-    with pytest.raises((CommandError, DataError), match=match):
+    with pytest.raises((CommandError, DataError, EditError), match=match):
         run(*words, "--model", tmp_path / "no-model", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

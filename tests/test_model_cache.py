@@ -16,6 +16,7 @@ import pytest
 import torch
 from gguf_files import NO_PICTURES, sha256, tiny_llama, write_gguf, write_tiny_gguf, write_wheel
 from killed import Fork
+from model_fixtures import USER_CACHE
 from multrace.models import ModelError
 from multrace.models.assembly import assemble, read_parts, write_parts
 from multrace.scripts.main import app
@@ -502,7 +503,7 @@ def test_the_commands_fetch_and_build_and_print_the_folder(parts, wheel, tmp_pat
 
 @pytest.fixture
 def real_text_model() -> Iterator[Path]:
-    folder = cached_model(model_cache.SMOLLM2)
+    folder = cached_model(model_cache.SMOLLM2, cache=USER_CACHE)
     if folder is None:
         pytest.skip("needs SmolLM2 in the cache: make test-real")
     yield folder

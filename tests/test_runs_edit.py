@@ -15,6 +15,7 @@ from killed import files_of, kill_at_random
 from multrace import VisionLanguageModel
 from multrace.data import EditRecord, Question, World, tiny_vlm_path, write_lines
 from multrace.editing import EditError
+from multrace.editing.moments import own
 from multrace.scripts.main import app
 from multrace.tracing import AverageTrace, TraceError
 from multrace.workflow import EditRun, EditTrace, ModelToLoad, RunError, merge, read_rows, run
@@ -98,7 +99,9 @@ def test_the_edit_is_the_one_of_the_library(go: Any, tmp_path: Path, tiny_vlm: V
     assert report.missed == sum(answer != record.target for answer, record in zip(said, records, strict=True))
 
 
-def test_several_layers_and_moments_are_those_of_the_library(go: Any, tmp_path: Path, tiny_vlm: VisionLanguageModel):
+def test_several_layers_and_moments_are_those_of_the_library(
+    go: Any, tmp_path: Path, tiny_vlm: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
+):
     records = plain_edits(*TARGETS[:3])
     prompts = [tiny_vlm.prompt_for(record.question) for record in records]
     moments = mt.second_moments(tiny_vlm, prompts, layers=(4, 5), progress=False)
@@ -107,8 +110,11 @@ def test_several_layers_and_moments_are_those_of_the_library(go: Any, tmp_path: 
     go(records, editor=editor, moments=path)
     expected = editor.edit(tiny_vlm, records, moments=moments, progress=False)
     assert delta_of(tmp_path / "out").digest == expected.digest
-    with pytest.raises(EditError, match="weighs old keys"):
-        go(records, out="none", editor=editor)
+    monkeypatch.setattr(own, "LEAST", 24)
+    monkeypatch.setattr(own, "MOST", 24)
+    go(records, out="own", editor=editor)
+    assert delta_of(tmp_path / "own").digest == editor.edit(tiny_vlm, records, progress=False).digest
+    assert delta_of(tmp_path / "own").digest != expected.digest
 
 
 @pytest.mark.usefixtures("undrawn")

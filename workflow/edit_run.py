@@ -31,6 +31,7 @@ from .analysis import INPUT_ERRORS, Analysis, Outcome, Record, Summary, Task, qu
 from .edit_outcome import EditOutcome, Place
 from .located_edit import EditsAtSites, TraceShift, editor_at, locate, positions_of, trace_shifts
 from .run_folder import REMADE, TRACES, RunError, StoredRecord
+from .run_moments import moments_setting
 from .trace_run import TRACE, TraceRun
 
 CANDIDATES = ("constraint_last", "last")
@@ -87,7 +88,7 @@ class EditRun(Analysis):
     editor: ClosedFormEditor | None = None
     """What makes the edit; None for a run that is only merged."""
     moments: Path | None = None
-    """File of second moments of keys, for editors that need them."""
+    """File of second moments of keys, for editors that need them; None for those of the model's own samples."""
     trace: EditTrace | None = None
     """How each record is traced; its place replaces that of the editor unless there are `trace_files`."""
     trace_files: tuple[Path, ...] = ()
@@ -120,7 +121,7 @@ class EditRun(Analysis):
             editor = {name: value for name, value in editor.items() if name not in ("layer", "token")}
         return {
             "editor": editor,
-            "moments": None if self.moments is None else digest(self.moments.read_bytes()),
+            "moments": moments_setting(self.moments, self.editor),
             "trace": None if self.trace is None else self.trace.settings(),
             "trace_files": [digest(path.read_bytes()) for path in self.trace_files],
             "each": self.each,

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, cast
 
@@ -22,7 +21,6 @@ from ..editing import (
     EditSession,
     EvaluationSettings,
     GradientEditor,
-    Moments,
 )
 from ..editing.baselines import change_file, save_change, stored_change
 from ..editing.evaluation import (
@@ -41,6 +39,7 @@ from ..editing.evaluation import (
     statuses_of,
     transform_of,
 )
+from ..editing.moments import MomentSource
 from ..editing.requests import FAILED
 from ..editing.solve import ClosedFormSession
 from ..models import VisionLanguageModel
@@ -50,6 +49,7 @@ from .costs import metered
 from .edit_run import check_questions, sites_of, stored_traces, unusable, without_contradictions
 from .located_edit import editor_at
 from .run_folder import REMADE, RunError, StoredRecord
+from .run_moments import check_moments, moments_of_run, moments_setting
 from .trace_run import PlaceTrace
 
 EVALUATION, GENERATIONS, TABLE = "evaluation.json", "generations.jsonl", "table.txt"
@@ -72,7 +72,7 @@ class _Evaluation(Analysis):
     editor: _NamedEditor | None = None
     """What makes the edits; None for a run that is only summed up."""
     moments: Path | None = None
-    """File of second moments of keys, for editors that need them."""
+    """File of second moments of keys, for editors that need them; None for those of the model's own samples."""
     general: tuple[Question, ...] = ()
     """Held-out questions with their answers."""
     texts: tuple[str, ...] = ()
@@ -93,7 +93,7 @@ class _Evaluation(Analysis):
             editor = {name: value for name, value in editor.items() if name not in ("layer", "token", "where")}
         return {
             "editor": editor,
-            "moments": None if self.moments is None else digest(self.moments.read_bytes()),
+            "moments": moments_setting(self.moments, self.editor),
             "general": digest(*(f"{question.key} {question.answer}" for question in self.general)),
             "texts": digest(*self.texts),
             "cloze": digest(*(f"{question.key} {question.answer}" for question in self.cloze)),
@@ -157,9 +157,9 @@ class _Evaluation(Analysis):
             return AbilityTests(**options)
         return AbilityTests.from_json(calibration["ability"], self.cloze, **options)
 
-    @cached_property
-    def _moments(self) -> Moments | None:
-        return None if self.moments is None else Moments.load(self.moments)
+    def moments_of(self, vlm: VisionLanguageModel, work: RunContext) -> MomentSource:
+        """Return the second moments for all records of the run."""
+        return moments_of_run(vlm, self.moments, work.records.values(), progress=work.progress)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,12 +178,14 @@ class EvaluateRun(_Evaluation):
     @contextmanager
     def opened(self, vlm: VisionLanguageModel, work: RunContext) -> Iterator[Analysis]:
         """Yield the analysis that takes the time of each edit."""
+        moments = self.moments_of(vlm, work)
         with metered(work.folder, vlm.device) as meter:
-            yield _SingleEdits(self, self.ability(work.calibration), meter)
+            yield _SingleEdits(self, moments, self.ability(work.calibration), meter)
 
     def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
         """Return the report on one record. Raises `EditError` if its edit cannot be made."""
-        return _SingleEdits(self, self.ability(task.calibration), CostMeter(vlm.device)).compute(vlm, task)
+        moments = moments_of_run(vlm, self.moments, [task.record], progress=False)
+        return _SingleEdits(self, moments, self.ability(task.calibration), CostMeter(vlm.device)).compute(vlm, task)
 
 
 class _SingleEdits(Analysis):
@@ -191,8 +193,8 @@ class _SingleEdits(Analysis):
 
     name: ClassVar[str] = EvaluateRun.name
 
-    def __init__(self, run: EvaluateRun, ability: AbilityTests, meter: CostMeter) -> None:
-        self.run, self.ability, self.meter = run, ability, meter
+    def __init__(self, run: EvaluateRun, moments: MomentSource, ability: AbilityTests, meter: CostMeter) -> None:
+        self.run, self.moments, self.ability, self.meter = run, moments, ability, meter
 
     def compute(self, vlm: VisionLanguageModel, task: Task) -> Outcome:
         """Return the report on one record. Raises `EditError` if its edit cannot be made."""
@@ -203,7 +205,7 @@ class _SingleEdits(Analysis):
             located = run.trace.located(vlm, record)
             where, site = run.trace.outcome(located), located.edit_site
         with self.meter.edits(1):
-            change = run.editor_at(site).start(vlm, moments=run._moments).propose([record])
+            change = run.editor_at(site).start(vlm, moments=self.moments).propose([record])
         (status,) = statuses_of(change, 1)
         if status.startswith(FAILED):
             raise EditError(status.removeprefix(f"{FAILED}: "))
@@ -245,10 +247,7 @@ class LocatedTogether(_Evaluation):
         """Return the site of each record according to the traces, unless the editor names it, and what is said."""
         options = {"traces": traces, "known": known, "progress": progress}
         ability = super().calibrate(vlm, records, **options)
-        if self.moments is not None:
-            cast(Moments, self._moments).check(vlm)
-        if isinstance(self.editor, ClosedFormEditor):
-            self.editor.check_moments(self._moments)
+        check_moments(vlm, self.moments, self.editor)
         if self.trace is None:
             if isinstance(self.editor, ClosedFormEditor):
                 self.editor.projections(vlm)  # a layer that does not exist is an error of the run, not of each record
@@ -310,7 +309,7 @@ class EvaluateBatchRun(LocatedTogether):
     @contextmanager
     def opened(self, vlm: VisionLanguageModel, work: RunContext) -> Iterator[Analysis]:
         """Yield the analysis that asks about the change, which the first process makes and the others read."""
-        session = self.session_editor(work).start(vlm, moments=self._moments)
+        session = self.session_editor(work).start(vlm, moments=self.moments_of(vlm, work))
         is_closed = isinstance(session, ClosedFormSession)
         usable, problems = self._usable(vlm, work, (lambda _, record: session.check(record)) if is_closed else None)
         records = {record.id: record for record in usable.values()}

@@ -72,7 +72,7 @@ class EvaluateSequenceRun(LocatedTogether):
     @contextmanager
     def opened(self, vlm: VisionLanguageModel, work: RunContext) -> Iterator[Analysis]:
         """Yield the analysis that goes on with the sequence, whose earlier edits are then in the model."""
-        session = self.session_editor(work).start(vlm, moments=self._moments)
+        session = self.session_editor(work).start(vlm, moments=self.moments_of(vlm, work))
         parts: dict[str, Baseline] = {}
         records, problems = self._usable(vlm, work, partial(self._ask_unedited, vlm, work.folder.shared, parts))
         reference = replace(Baseline.joined([*parts.values()]), model=vlm.name, revision=vlm.revision)

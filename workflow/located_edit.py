@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..data.errors import gist
 from ..data.facts import EditRequest, Question
 from ..editing.changes import NO_OWNER, Delta, compose
-from ..editing.moments import Moments
+from ..editing.moments import Moments, MomentSource, OwnMoments, pictures_of_requests
 from ..editing.requests import EditError, request_text
 from ..editing.solve import ClosedFormEditor, ClosedFormSession, MultEdit
 from ..editing.values import RequestValues
@@ -358,7 +358,7 @@ def locate_then_edit(
     corruptions: Sequence[Corruption | None] | None = None,
     traces: Sequence[CausalTrace] | AverageTrace | None = None,
     editor: EditorAt = MultEdit,
-    moments: Moments | None = None,
+    moments: MomentSource = None,
     jointly: bool = True,
     per_request: bool = False,
     positions: Sequence[Item] = POSITIONS,
@@ -380,7 +380,7 @@ def locate_then_edit(
         traces: As in `locate`.
         editor: Settings whose layer and token the trace replaces, or a class or function that makes settings from
             `layer` and `token`. The change is spread over no layer below the one where the picture arrives.
-        moments: Second moments of keys, for editors that need them.
+        moments: Second moments of keys, for editors that need them; as in `MultEdit.start`.
         jointly: Make one delta of all requests. All values are searched for on the unedited model, as MEMIT (arXiv
             2210.07229) does for a batch; requests with the same site are then solved together, and the sites follow
             each other from the lowest layer up, each solved with the earlier ones in the model. Otherwise each request
@@ -418,7 +418,8 @@ def locate_then_edit(
     if trace_after and corruptions is None:
         raise TraceError("a second trace needs corruptions to trace under; pass corruptions=, or trace_after=False")
     tracing = {"positions": positions, "sites": sites, "window": window, "progress": progress}
-    choice = {"per_request": per_request, "fraction": fraction, "editor": editor, "moments": moments}
+    given = moments if isinstance(moments, Moments) else None
+    choice = {"per_request": per_request, "fraction": fraction, "editor": editor, "moments": given}
     located = locate(vlm, requests, corruptions=corruptions, traces=traces, **choice, **tracing)
     work = EditsAtSites(vlm, requests, located.edit_sites, editor=editor, moments=moments, progress=progress)
     deltas = (work.jointly(),) if jointly else work.one_by_one()
@@ -443,13 +444,15 @@ class EditsAtSites:
         sites: Sequence[EditSite],
         *,
         editor: EditorAt,
-        moments: Moments | None = None,
+        moments: MomentSource = None,
         values: Sequence[RequestValues] | None = None,
         progress: bool,
     ) -> None:
         self.requests, self.values, self.progress = requests, values, progress
         self.notes: list[str] = []
         self.editors = [self._at(site, editor) for site in sites]
+        if moments is None:  # of the pictures of all requests, whichever is edited first
+            moments = OwnMoments(vlm, pictures=pictures_of_requests(requests), progress=progress)
         self.session = ClosedFormSession(vlm, self._editor_of, moments=moments)
 
     def one_by_one(self) -> tuple[Delta | None, ...]:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from .. import data
-from ..artefacts import ArtefactError, one_at_a_time, read_json, replacing_folder, write_json
+from ..artefacts import ArtefactError, cache_folder, one_at_a_time, read_json, replacing_folder, write_json
 from ..models import ModelError, load
 from ..models.assembly import assemble, read_parts, unlike_text_model
 from ..models.guards import quiet_transformers
@@ -70,13 +70,6 @@ class CachedModel:
 
     def __str__(self) -> str:
         return f"{'written' if self.is_new else 'already there and whole'}: {self.path}"
-
-
-def cache_folder() -> Path:
-    """Return the folder of models: $MULTRACE_CACHE, else `multrace` in $XDG_CACHE_HOME or ~/.cache."""
-    if own := os.environ.get("MULTRACE_CACHE"):
-        return Path(os.path.expanduser(own))
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "multrace"
 
 
 def cached_model(name: str, *, cache: str | PathLike[str] | None = None) -> Path | None:

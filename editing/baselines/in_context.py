@@ -11,7 +11,7 @@ from ...artefacts import load_fields, save_fields
 from ...data.facts import EditRequest
 from ...models import Prompt, VisionLanguageModel
 from ..changes import Delta, EditSession, History
-from ..moments import Moments
+from ..moments import MomentSource
 from ..requests import EditError, edited_questions, listed_requests, request_text
 from .trained_changes import DenseChange, LowRankChange
 from .training import check_no_history
@@ -138,7 +138,7 @@ class InContext:
         return self.stating(vlm, [_fact(request) for request in requests], reports)
 
     def start(
-        self, vlm: VisionLanguageModel, *, moments: Moments | None = None, history: History | None = None
+        self, vlm: VisionLanguageModel, *, moments: MomentSource = None, history: History | None = None
     ) -> "ContextSession":
         """Return a session whose `prompt_transform` states the facts of all its edits.
 

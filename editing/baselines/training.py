@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ...data.facts import EditRequest
 from ...models import VisionLanguageModel
 from ..changes import Change, EditSession, History
-from ..moments import Moments
+from ..moments import MomentSource
 from ..requests import EditError, request_text
 from .answer_batches import AnswerBatch, AnswerBatches, Forward
 from .breadth_first import BreadthFirst, check_ranges
@@ -57,7 +57,7 @@ class TrainingSettings(ABC):
         )
 
     def start(
-        self, vlm: VisionLanguageModel, *, moments: Moments | None = None, history: History | None = None
+        self, vlm: VisionLanguageModel, *, moments: MomentSource = None, history: History | None = None
     ) -> EditSession:
         """Return a session in which each change is trained on top of the earlier ones and stays in effect.
 

@@ -312,6 +312,22 @@ class AppliedDelta:
                     saved.close()
             self._saved = {}
 
+    @contextmanager
+    def taken_out(self) -> Iterator[VisionLanguageModel]:
+        """Yield the model with the touched weights as they were; on any exit they are bit-equal to before the block.
+
+        Raises `EditError` if one of them is offloaded or quantised, because it cannot be put back for a while.
+        """
+        own = {name: saved for name, saved in self._saved.items() if isinstance(saved, Tensor)}
+        if len(own) < len(self._saved):
+            opened = next(name for name in self._saved if name not in own)
+            raise EditError(
+                f"{opened} of '{self.vlm.name}' is offloaded or quantised, and the unedited model is needed between "
+                "edits; make own_moments(vlm, layers=...) before the first edit, and pass them as moments="
+            )
+        with held(self.vlm, lambda handle: handle.put_in(own, lambda: overwrite(self.vlm, own))):
+            yield self.vlm
+
     @property
     def touched(self) -> tuple[str, ...]:
         """Names of the weights that are copied or opened."""

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ...data.facts import EditRecord, EditRequest
 from ...models import Projection, Prompt, VisionLanguageModel, capture
 from ..changes import NO_OWNER, Change, Delta
-from ..moments import Moments
+from ..moments import MomentSource
 from ..requests import EDITED, NOT_GENERATED, EditError, answers_where_finite
 from ..solve import Editor
 from ..values import key_positions
@@ -103,7 +103,7 @@ def preview(
     editor: Editor | Delta,
     *,
     tokens: Sequence[str | int] | None = None,
-    moments: Moments | None = None,
+    moments: MomentSource = None,
     progress: bool = True,
 ) -> Preview:
     """Return what an edit would do to weights and neighbouring questions; the model is left unchanged.
@@ -117,7 +117,7 @@ def preview(
         requests: The facts to write.
         editor: The editor, or the edit that it made of these requests.
         tokens: The token at which each request is edited, a group or a position; None for the token of the editor.
-        moments: Second moments of keys, for editors that need them.
+        moments: Second moments of keys, for editors that need them; as in `MultEdit.start`.
         progress: Show a progress bar.
 
     Returns:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from ...data.facts import GENERAL, EditRecord, Question
 from ...models import VisionLanguageModel
 from ..changes import Change
-from ..moments import Moments
+from ..moments import MomentSource, OwnMoments, pictures_of_requests
 from ..requests import FAILED, EditError
 from ..solve import Editor
 from .ability import AbilityTests, ability_tests
@@ -57,7 +57,7 @@ def evaluate(
     editor: Editor | Change,
     *,
     mode: Literal["single", "batch", "sequence"] = "single",
-    moments: Moments | None = None,
+    moments: MomentSource = None,
     baseline: Baseline | None = None,
     general: Sequence[Question] = (),
     texts: Sequence[str] = (),
@@ -89,7 +89,8 @@ def evaluate(
         editor: The editor that makes the edits, in one session; or, in mode "batch", a change that was made before.
         mode: "single" makes, measures and undoes one edit at a time. "batch" puts all edits into the model at once.
             "sequence" makes each edit on top of the earlier ones, whose keys closed-form editors know.
-        moments: Second moments of keys, for editors that need them.
+        moments: Second moments of keys, for editors that need them; as in `MultEdit.start`. By default (None) they are
+            those of own samples, also about the pictures of the first records.
         baseline: The responses of the unedited model, from `baseline` with the same questions and settings; None to
             measure them here. Pass it if several editors are evaluated on the same records.
         general: Held-out questions with their right answers, which measure general ability (modes "single" and
@@ -145,6 +146,8 @@ def evaluate(
     ability = ability_tests(vlm, texts=texts, cloze=cloze, settings=settings, batch_size=batch_size)
     ability = ability if mode == SINGLE else ability.beside(records)  # alone, an edit touches only its own questions
     options: dict[str, Any] = {"ability": ability, "batch_size": batch_size, "progress": progress}
+    if moments is None:  # nothing is sampled before an editor asks for it
+        moments = OwnMoments(vlm, pictures=pictures_of_requests(records), progress=progress)
     if mode == BATCH:
         meter = CostMeter(vlm.device)
         change = cast(Change, editor)
@@ -193,7 +196,7 @@ def evaluate_each(
     records: Iterable[EditRecord],
     editor: Editor,
     *,
-    moments: Moments | None = None,
+    moments: MomentSource = None,
     baseline: Baseline | None = None,
     general: Sequence[Question] = (),
     ability: AbilityTests | None = None,
@@ -210,7 +213,8 @@ def evaluate_each(
         vlm: The unedited model.
         records: The edits to make, each with the questions about it; any iterable, whose records are read one by one.
         editor: The editor that makes the edits.
-        moments: Second moments of keys, for editors that need them.
+        moments: Second moments of keys, for editors that need them; as in `MultEdit.start`. By default (None) they are
+            those of own samples, also about the pictures of the first record.
         baseline: The responses of the unedited model to all questions, from `baseline` with the same settings; None to
             ask the unedited model about each record.
         general: Held-out questions with their right answers, which are asked after every edit; by default none.

@@ -109,7 +109,7 @@ def second_moments(
     run = _Collection(
         vlm=vlm,
         prompts=prompts,
-        projections={layer: _projection(vlm, layer, read) for layer in wanted},
+        projections={layer: projection_of(vlm, layer, read) for layer in wanted},
         batch_size=batch_size,
         every=every,
         tolerance=tolerance,
@@ -166,7 +166,7 @@ def memory_of_moments(
         True
     """
     read = written_by(projection, expert)
-    widths = [_projection(vlm, layer, read).width for layer in _layers(vlm, layers)]
+    widths = [projection_of(vlm, layer, read).width for layer in _layers(vlm, layers)]
     return (_fixed(widths) + sum(8 * types * width**2 for width in widths)) / _MIB
 
 
@@ -310,7 +310,8 @@ def _layers(vlm: VisionLanguageModel, layers: Sequence[int] | None) -> tuple[int
     return tuple(wanted)
 
 
-def _projection(vlm: VisionLanguageModel, layer: int, read: str) -> Projection:
+def projection_of(vlm: VisionLanguageModel, layer: int, read: str) -> Projection:
+    """Return the projection of a layer whose inputs are read, named as `Moments.projection` names it."""
     kind, _, expert = read.partition(" ")
     if expert:
         return vlm.expert_projection(layer, int(expert))
@@ -323,7 +324,7 @@ def _groups(
     """Groups of as many layers as the memory holds. Raises `EditError` if it does not hold one."""
     if memory is None:
         return (tuple(layers),)
-    widths = {layer: _projection(vlm, layer, read).width for layer in layers}
+    widths = {layer: projection_of(vlm, layer, read).width for layer in layers}
     sizes = {layer: 8 * types * width**2 for layer, width in widths.items()}
     fixed = _fixed(list(widths.values()))
     room = memory * _MIB - fixed

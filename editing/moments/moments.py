@@ -224,6 +224,8 @@ def wide(states: Tensor) -> Tensor:
     return states.to(torch.promote_types(states.dtype, torch.float32))
 
 
+OWN = "own samples"
+"""The entry of `Moments.settings` that says what the model itself sampled."""
 FORMAT, STATE, PART = "multrace moments 1", "multrace moments state 1", "multrace moments part 1"
 UNIONS = {"all": KINDS, "text": ("question", "template")}
 """Types that are sums of others."""
@@ -313,6 +315,11 @@ class Moments:
     def layers(self) -> tuple[int, ...]:
         """Numbers of the layers from 0, in ascending order."""
         return tuple(sorted(self.sums))
+
+    @property
+    def is_own(self) -> bool:
+        """Whether they are of the model's own samples (`own_moments`)."""
+        return OWN in self.settings
 
     def width(self, layer: int) -> int:
         """Return the length of what the layer's projection reads. Raises `EditError` for a layer that is not there."""

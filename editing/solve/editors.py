@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 from ...data.facts import EditRequest
 from ...models import VisionLanguageModel
 from ..changes import Change, Delta, EditSession, History
-from ..moments import Moments
+from ..moments import MomentSource
 from ..requests import EditError
 from ..siblings import Siblings
 from ..values import RequestValues
@@ -21,12 +21,12 @@ class Editor(Protocol):
     """Anything that makes changes out of requests, such as `MultEdit` or `FineTune`: frozen settings."""
 
     def start(
-        self, vlm: VisionLanguageModel, *, moments: Moments | None = None, history: History | None = None
+        self, vlm: VisionLanguageModel, *, moments: MomentSource = None, history: History | None = None
     ) -> EditSession:
         """Return a session of edits of this model. Raises `EditError` if the editor does not fit the model.
 
-        moments: second moments of keys, for editors that weigh old keys by them. history: the edits that the session
-        begins with, to which it adds its own; None for an empty one in memory.
+        moments: second moments of keys, for editors that weigh old keys by them, as `MultEdit.start` takes them.
+        history: the edits that the session begins with, to which it adds its own; None for an empty one in memory.
         """
 
     def edit(self, vlm: VisionLanguageModel, requests: Sequence[EditRequest], *, progress: bool = True) -> Change:
@@ -40,19 +40,23 @@ class ClosedFormEditor(ClosedFormSettings):
         self,
         vlm: VisionLanguageModel,
         *,
-        moments: Moments | None = None,
+        moments: MomentSource = None,
         history: History | None = None,
     ) -> ClosedFormSession:
         """Return a session, in which each edit is made on top of the earlier ones and stays in effect.
 
         Args:
             vlm: The model to edit.
-            moments: Second moments of keys, for editors that weigh old keys by them.
+            moments: Second moments of keys, for editors that weigh old keys by them (`needs_moments`). None takes those
+                of the model's own samples, and of its own answers about the pictures of the first requests: the session
+                makes them when an edit first needs them, of the model without edits, or finds them in the cache
+                (`own_moments`). `OwnMoments(vlm, pictures=...)` samples with other settings. False takes none, which is
+                an error for an editor that needs them.
             history: The edits that the session begins with, to which it adds its own; None for an empty one in memory.
                 `History.open(folder)` keeps them on disk.
 
         Raises:
-            EditError: Moments are missing.
+            EditError: Moments are refused that the editor needs, or do not fit it.
 
         Example:
             >>> import multrace as mt
@@ -73,7 +77,7 @@ class ClosedFormEditor(ClosedFormSettings):
         vlm: VisionLanguageModel,
         requests: Sequence[EditRequest],
         *,
-        moments: Moments | None = None,
+        moments: MomentSource = None,
         values: Sequence[RequestValues] | None = None,
         progress: bool = True,
     ) -> Delta:
@@ -87,13 +91,13 @@ class ClosedFormEditor(ClosedFormSettings):
         Args:
             vlm: The model to edit.
             requests: The facts to write, all in one solve.
-            moments: Second moments of keys, for editors that weigh old keys by them.
+            moments: Second moments of keys, for editors that weigh old keys by them; as in `start`.
             values: What `search` found for each request; None to search now.
             progress: Show progress bars.
 
         Raises:
             EditError: There are no requests, a layer or token does not exist, contexts disagree, requests contradict
-                each other, moments are missing, or every request fails.
+                each other, moments are refused that the editor needs, or every request fails.
 
         Example:
             >>> import multrace as mt
@@ -319,7 +323,7 @@ class EditorByRequest:
         self,
         vlm: VisionLanguageModel,
         *,
-        moments: Moments | None = None,
+        moments: MomentSource = None,
         history: History | None = None,
     ) -> EditSession:
         """Return a session, as `ClosedFormEditor.start`. Only closed-form editors take a history."""
@@ -334,7 +338,7 @@ class EditorByRequest:
         vlm: VisionLanguageModel,
         requests: Sequence[EditRequest],
         *,
-        moments: Moments | None = None,
+        moments: MomentSource = None,
         progress: bool = True,
     ) -> Change:
         """Return the change that makes these edits; the model is left unchanged.
@@ -342,7 +346,7 @@ class EditorByRequest:
         Args:
             vlm: The model to edit.
             requests: The facts to write together.
-            moments: Second moments of keys, for editors that weigh old keys by them.
+            moments: Second moments of keys, for editors that weigh old keys by them; as in `ClosedFormEditor.start`.
             progress: Show progress bars.
 
         Returns:

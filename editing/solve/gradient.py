@@ -21,7 +21,7 @@ from torch import Tensor
 from ...data.facts import EditRequest
 from ...models import ModelError, Projection, VisionLanguageModel
 from ..changes import Delta, DeltaSession, History, WeightChange
-from ..moments import Moments
+from ..moments import MomentSource
 from ..requests import (
     EDITED,
     FAILED,
@@ -99,7 +99,7 @@ class GradientEditor:
         self,
         vlm: VisionLanguageModel,
         *,
-        moments: Moments | None = None,
+        moments: MomentSource = None,
         history: History | None = None,
         statistics: StreamStatistics | None = None,
     ) -> GradientSession:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from ...data.facts import EditRequest
 from ...models import ModelError, VisionLanguageModel
 from ..changes import AppliedDelta, Delta, DeltaSession, History, HistoryEntry
-from ..moments import Moments
+from ..moments import MomentSource
 from ..requests import (
     listed_requests,
     with_answers_seen,
@@ -39,13 +39,15 @@ class ClosedFormSession(DeltaSession):
         vlm: VisionLanguageModel,
         choose: Callable[[Sequence[EditRequest]], ClosedFormSettings],
         *,
-        moments: Moments | None = None,
+        moments: MomentSource = None,
         history: History | None = None,
     ) -> None:
-        """Prepare a session. choose: gives the editor of requests that are edited together."""
+        """Prepare a session. choose: gives the editor of requests that are edited together.
+
+        moments: as in `ClosedFormEditor.start`.
+        """
         super().__init__(vlm, self._made, history=history)
-        self._choose, self._moments = choose, moments
-        self.shared = Shared(vlm, moments)
+        self._choose, self.shared = choose, Shared(vlm, moments)
 
     def search(
         self,
@@ -167,9 +169,9 @@ class ClosedFormSession(DeltaSession):
         self, requests: tuple[EditRequest, ...], progress: bool, values: Sequence[RequestValues] | None = None
     ) -> Delta:
         editor = self._choose(requests)
-        editor.check_moments(self._moments)
         edit = EditUnderWay(self, self.shared, editor, requests, progress=progress)
-        editor.check_moments(self._moments, edit.projections.values())
+        unedited = nullcontext() if self._handle is None else self._handle.taken_out()
+        self.shared.weigh(editor, edit.projections, requests, unedited=unedited, progress=progress)
         with self.vlm.gradients():
             return edit.run(values)
 

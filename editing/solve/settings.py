@@ -9,12 +9,16 @@ from typing import Literal, Protocol, cast
 from torch import Tensor
 
 from ...models import ExpertProjection, ModelError, Projection, VisionLanguageModel
-from ..moments import Moments
+from ..moments import Moments, MomentSource
 from ..requests import EditError
 from ..siblings import Siblings
 from ..values import ValueSettings
 from .cost import Cost, build_cost
 from .null_space import protected_directions, with_edited_keys
+
+OWN_RIDGE = 1e-3
+"""Ridge of the moments of own samples, as a share of the median square of an entry of a key."""
+_ALL_EXPERTS = "all experts"
 
 
 class EditPlace(Protocol):
@@ -194,6 +198,9 @@ class ClosedFormSettings(ValueSettings):
     ) -> Cost:
         """Return the cost of a change of one layer's weight.
 
+        To the moments of own samples, which may be of few tokens, it adds a ridge of a thousandth of the median square
+        of an entry of a key. The median, since in many models a few entries decide the mean.
+
         Args:
             layer: The layer, from 0.
             projection: Its projection, as `projections` gives it.
@@ -220,8 +227,11 @@ class ClosedFormSettings(ValueSettings):
         ridge = (self.ridge or 0.0) if ridge is None else ridge
         if not self.needs_moments:
             return build_cost(projection.width, ridge=ridge)
-        self.check_moments(moments, [projection])
+        self.check_moments(moments or False, [projection])
         matrix = cast(Moments, moments).matrix(layer, self.moment_kind)
+        if cast(Moments, moments).is_own:  # a few samples need not span all directions
+            diagonal = matrix.diagonal()
+            diagonal.add_(OWN_RIDGE * (diagonal.median() or diagonal.mean()))
         protected = None
         if self.has_null_space:
             filled = with_edited_keys(matrix, edited, self.null_moment_weight)
@@ -235,25 +245,40 @@ class ClosedFormSettings(ValueSettings):
             refined=self.refined,
         )
 
-    def check_moments(self, moments: Moments | None, projections: Iterable[Projection] = ()) -> None:
-        """Raise `EditError` if these settings need second moments and none, or none of these projections, are given."""
+    def check_moments(self, moments: MomentSource, projections: Iterable[Projection] = ()) -> None:
+        """Raise `EditError` if these settings need second moments and get none, or none of these projections.
+
+        moments: as `ClosedFormEditor.start` takes them; own ones can be of any projection but several experts.
+        """
         if not self.needs_moments:
             return
-        if moments is None:
+        if moments is False:
             raise EditError(
-                f"{type(self).__name__} weighs old keys by their second moment, and none is given; "
-                "collect them with second_moments(vlm, prompts) or `multrace moments`, or set moment_weight=0"
+                f"{type(self).__name__} weighs old keys by their second moment, and none is given; leave moments out "
+                "to take those of the model's own samples, collect them with second_moments(vlm, prompts) or "
+                "`multrace moments`, or set moment_weight=0"
             )
         for projection in projections:
-            read = self.projection
-            if isinstance(projection, ExpertProjection):
-                numbers = projection.experts.numbers
-                read = f"expert {numbers[0]}" if len(numbers) == 1 else "all experts"
-            if moments.projection != read:
+            read = self.read_by(projection)
+            if not isinstance(moments, Moments):
+                if read == _ALL_EXPERTS:
+                    raise EditError(
+                        f"{type(self).__name__} weighs old keys by their second moment, and {projection} is several "
+                        "experts, whose keys have none together; pass expert= with the number of one, or "
+                        "moment_weight=0"
+                    )
+            elif moments.projection != read:
                 raise EditError(
                     f"{type(self).__name__} weighs old keys of {read!r} in {projection}, and the second moments given "
                     f"are of {moments.projection!r}; pass moments of the same weight, and expert= for one of experts"
                 )
+
+    def read_by(self, projection: Projection) -> str:
+        """Return the name of what a projection reads, as `Moments.projection` has it."""
+        if not isinstance(projection, ExpertProjection):
+            return self.projection
+        numbers = projection.experts.numbers
+        return f"expert {numbers[0]}" if len(numbers) == 1 else _ALL_EXPERTS
 
     def as_text(self) -> dict[str, str]:
         """Return the settings as text, for the header of a saved edit."""

@@ -1,26 +1,34 @@
 """What the edits of a session share: costs, the keys of earlier edits, norm anchors and norms before the first edit."""
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
+from ...data.facts import EditRequest
 from ...models import Projection, VisionLanguageModel
 from ..changes import Delta, HistoryEntry, WeightChange
-from ..moments import Moments
+from ..moments import Moments, MomentSource
 from ..siblings import SiblingFinder
 from .anchor import NormAnchors
 from .cost import Cost
 from .earlier import EarlierKeys
 from .limits import check_limits, weight_norm
+from .old_keys import OldKeys
 from .settings import ClosedFormSettings
 
 
 class Shared:
     """What the edits of one model share, so that each costs the same however many came before it."""
 
-    def __init__(self, vlm: VisionLanguageModel, moments: Moments | None) -> None:
-        self.vlm, self.moments = vlm, moments
+    def __init__(self, vlm: VisionLanguageModel, moments: MomentSource) -> None:
+        """Begin without edits. moments: as in `ClosedFormEditor.start`."""
+        self.vlm = vlm
+        self.moments: Moments | None = None
+        """The second moments by which the edit under way weighs old keys, always of the unedited model."""
+        self._old_keys = OldKeys(vlm, moments)
         self.keys = EarlierKeys()
         """The keys of the edits that are in the model, as one running matrix for each weight, and its inverse."""
         self.anchors = NormAnchors()
@@ -46,6 +54,19 @@ class Shared:
         for name in names:
             if name not in self._norms:
                 self._norms[name] = weight_norm(self.vlm, name)
+
+    def weigh(
+        self,
+        editor: ClosedFormSettings,
+        projections: Mapping[int, Projection],
+        requests: Sequence[EditRequest],
+        *,
+        unedited: AbstractContextManager[Any],
+        progress: bool,
+    ) -> None:
+        """Take the second moments that an edit needs; the arguments and errors are those of `OldKeys.moments`."""
+        options = {"unedited": unedited, "progress": progress}
+        self.moments = self._old_keys.moments(editor, projections, requests, **options)
 
     def cost(self, editor: ClosedFormSettings, layer: int, projection: Projection, ridge: float) -> Cost:
         """Return the cost of a weight, factorised once for all edits that have the same ridge and null space."""
