@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ logger = logging.getLogger("multrace")
 _INF = float("inf")
 _LOWER = (100.0, 10.0, 1.0, 0.1, 0.01, 0.001)
 """Weights that are tried where exact constraints leave a request too little."""
-_HELD_OUT = 4
+HELD_OUT = 4
 """One sibling in so many is not kept: the change at its key says what unseen siblings will see."""
 OTHERS, OWN = "leak", "leak_own"
 """Entries of a request's report: the leak to the same question about others, and to others about the same subject."""
@@ -147,7 +148,7 @@ def kept_siblings(
             for number, question in enumerate(usable):
                 if question.key not in seen:
                     seen.add(question.key)
-                    is_held_out = number % _HELD_OUT == _HELD_OUT - 1
+                    is_held_out = number % HELD_OUT == HELD_OUT - 1
                     goal = PlainGoal(questions=(question,), target=None)
                     shape = {"owner": owner, "kind": kind, "held_out": is_held_out}
                     found.append(KeptQuestion(name=repr(question.text), goal=goal, averaged=mean, **shape))
@@ -200,7 +201,9 @@ class KeptKeys:
             else:
                 siblings.append((question.name, lookup.keys))
         means = [
-            (f"the mean of {len(keys)} siblings", torch.cat(keys).mean(0, keepdim=True)) for keys in groups.values()
+            (f"the mean of {len(keys)} siblings", torch.cat(keys).mean(0, keepdim=True))
+            for keys in groups.values()
+            if any(map(len, keys))  # a sibling has later keys only where an answer's tokens are edited
         ]
         return cls(
             asked=asked, siblings=siblings + means, held_out={group: torch.cat(keys) for group, keys in held.items()}
@@ -218,6 +221,15 @@ class KeptKeys:
             for (own, kind), keys in self.held_out.items()
             if own == owner and size
         }
+
+
+def leak_in_words(report: Mapping[str, Any]) -> str:
+    """Return how much of a request's change is predicted to reach what it should leave alone; empty where unknown.
+
+    report: an entry of `Delta.requests`.
+    """
+    others = {OTHERS: "the same question about others", OWN: "other questions about the subject"}
+    return ", ".join(f"{float(report[kind]):.0%} at {words}" for kind, words in others.items() if kind in report)
 
 
 def warn_of_little(change: WeightChange, keys: KeptKeys, labels: Sequence[str], *, least: float) -> None:
