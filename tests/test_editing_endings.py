@@ -1,4 +1,4 @@
-"""What a model says after an answer: continuations, the ending that an edit asks for, and what the edited model says."""
+"""What a model says after an answer: continuations, the ending that an edit asks for, and what is said in the end."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What an edit leaves alone by itself: siblings and their names, what keeping them costs, and the leak to the others."""
+"""What an edit leaves alone by itself: siblings and their names, what keeping them costs, and the leak to others."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -88,6 +88,19 @@ def test_shares_and_leaks_of_the_report_are_those_of_the_weights(tiny_vlm: Visio
     else:  # there other questions about the subject have nearly the same key, and are meant to follow
         assert "leak_own" not in report
         assert moved(siblings.own[3]) > 0.1
+
+
+def test_requests_that_share_siblings_all_report_what_leaks_to_them(tiny_vlm: VisionLanguageModel):
+    """A question that two requests share is kept once, or measured for both."""
+    requests, editor = [about(10), about(11, "Draivo")], mt.MultEdit(**AT_NAME, siblings=SIBLINGS)
+    delta = editor.edit(tiny_vlm, requests, progress=False)
+    dense, (change,) = change_of(tiny_vlm, delta), delta.changes.values()
+    prompts = [tiny_vlm.prompt_for(named(COMPANIES[number])) for number in (4, 8)]
+    keys = torch.stack([keys_of(tiny_vlm, each, 2)[each.groups["constraint_last"][-1]] for each in prompts])
+    moved = (keys @ dense.T).norm(dim=-1).mean()
+    wanted = [(moved / residual.double().norm()).item() for residual in change.residuals]
+    assert [report["leak"] for report in delta.requests] == pytest.approx(wanted, rel=1e-4)
+    assert wanted[0] != pytest.approx(wanted[1], rel=1e-3)
 
 
 def test_without_siblings_nothing_is_reported_and_more_leaks(tiny_vlm: VisionLanguageModel):

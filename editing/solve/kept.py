@@ -42,6 +42,8 @@ class KeptQuestion:
     """Of a sibling: OTHERS or OWN."""
     held_out: bool = False
     """Whether it only measures the leak, and is not kept."""
+    also: tuple[tuple[int, str], ...] = ()
+    """If it is held out, the other requests whose sibling it is, and its kind to them."""
     averaged: bool = False
     """Whether the mean key of its request's siblings of this kind is kept in place of each."""
 
@@ -141,20 +143,22 @@ def kept_siblings(
         room: Maximum number of keys to keep: beyond it, mean keys are kept instead.
         has_token: Whether a question has the edited token.
     """
-    seen, found = set(without), []
+    found: dict[str, KeptQuestion] = {}
     for owner, each in sets.items():
         for kind, questions in ((OTHERS, each.others), (OWN, each.own if own else ())):
             usable = [question for question in questions if has_token(question)]
             for number, question in enumerate(usable):
-                if question.key not in seen:
-                    seen.add(question.key)
+                if known := found.get(question.key):
+                    also = (*known.also, (owner, kind)) if known.held_out else ()
+                    found[question.key] = replace(known, also=also)
+                elif question.key not in without:
                     is_held_out = number % HELD_OUT == HELD_OUT - 1
                     goal = PlainGoal(questions=(question,), target=None)
                     shape = {"owner": owner, "kind": kind, "held_out": is_held_out}
-                    found.append(KeptQuestion(name=repr(question.text), goal=goal, averaged=mean, **shape))
-    if not mean and sum(not each.held_out for each in found) > room:
+                    found[question.key] = KeptQuestion(name=repr(question.text), goal=goal, averaged=mean, **shape)
+    if not mean and sum(not each.held_out for each in found.values()) > room:
         return kept_siblings(sets, without=without, own=own, mean=True, room=room, has_token=has_token)
-    return found
+    return list(found.values())
 
 
 def kept_weights(asked: int, siblings: int) -> list[tuple[float, float]]:
@@ -194,7 +198,8 @@ class KeptKeys:
             if question.owner is None:
                 asked.append((question.name, lookup.keys))
             elif question.held_out:
-                held.setdefault((question.owner, question.kind), []).append(lookup.keys[:1])
+                for group in ((question.owner, question.kind), *question.also):
+                    held.setdefault(group, []).append(lookup.keys[:1])
             elif question.averaged:
                 for is_first, keys in ((True, lookup.keys[:1]), (False, lookup.keys[1:])):
                     groups.setdefault((question.owner, question.kind, is_first), []).append(keys)
