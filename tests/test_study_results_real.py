@@ -10,11 +10,12 @@ import pytest
 from multrace import VisionLanguageModel
 from multrace.artefacts import write_json
 from multrace.data import Question, World, tiny_vlm_path
-from multrace.data.facts import EDITED, OTHER_SUBJECT, OWN_TEXT, REPHRASE
+from multrace.data.facts import EDITED, GIVEN_TEXT, OTHER_SUBJECT, REPHRASE
 from multrace.editing import ClosedFormEditor, EditError
 from multrace.editing.evaluation import BEGINS, PERPLEXITY, ProbeRow
 from multrace.editing.moments import Moments
 from multrace.editing.siblings import other_subjects
+from multrace.scripts import CommandError
 from multrace.scripts.main import execute
 from multrace.scripts.studies import results_real
 from multrace.scripts.studies.results_real import ROWS
@@ -153,7 +154,7 @@ def _row(kind: str, before: str, after: str, *, old: str = "Rome", begins: tuple
 def test_scores_by_hand():
     text = ProbeRow(
         record="1",
-        kind=OWN_TEXT,
+        kind=GIVEN_TEXT,
         hops=None,
         **dict.fromkeys(("question", "new", "old", "before", "after"), ""),
         pictures=(),
@@ -181,14 +182,18 @@ def test_scores_by_hand():
 def test_moments_are_of_the_models_own_texts_and_are_kept(
     tiny_vlm: VisionLanguageModel, random_llama: VisionLanguageModel, tmp_path
 ):
-    texts = own_texts(tiny_vlm, 3, max_new_tokens=5)
-    assert [each.text for each in texts] == [each.text for each in own_texts(tiny_vlm, 3, max_new_tokens=5)]
-    path = known_moments(tiny_vlm, tmp_path / "moments.safetensors", [2, 3], 3)
+    file = tmp_path / "texts.json"
+    texts = own_texts(tiny_vlm, file, 3, max_new_tokens=5)
+    assert own_texts(tiny_vlm, tmp_path / "again.json", 3, max_new_tokens=5) == texts
+    assert own_texts(tiny_vlm, file, 2) == texts[:2]  # longer ones are not sampled: the file has enough
+    path = known_moments(tiny_vlm, tmp_path / "moments.safetensors", [2, 3], texts)
     before = path.read_bytes()
     assert Moments.load(path).layers == (2, 3)
-    assert known_moments(tiny_vlm, path, [3], 3).read_bytes() == before
+    assert known_moments(tiny_vlm, path, [3], texts).read_bytes() == before
     with pytest.raises(EditError):
-        known_moments(random_llama, path, [3], 3)
+        known_moments(random_llama, path, [3], texts)
+    with pytest.raises(CommandError, match="texts of another model"):
+        own_texts(random_llama, file, 2)
 
 
 def test_no_sibling_begins_with_the_end_of_a_text(random_llama: VisionLanguageModel):

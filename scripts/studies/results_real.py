@@ -24,7 +24,7 @@ from ...workflow import EvaluateRun, EvaluateSequenceRun, RunError, run as run_a
 from ..main import execute
 from ..options import STYLE, CommandError, GeneralOptions, check_files, paragraphs
 from . import text_page as page
-from .text_facts import DATA_SETS, DataSet, Facts, known_moments
+from .text_facts import DATA_SETS, DataSet, Facts, known_moments, own_texts
 from .text_rows import Candidates, TextRow, text_rows
 
 EXAMPLE = """examples:
@@ -44,6 +44,8 @@ AT = (100, 500, 1000, 2000)
 """Numbers of edits after which a sequence is measured."""
 LAYOUT = page.CHOICE
 _MOMENTS = "moments.safetensors"
+MEASURED, FEW = 16, 4
+"""Numbers of the model's own texts whose perplexity is measured: in a sequence, and after each single edit."""
 app = App(
     name="python -m multrace.scripts.studies.results_real", help=paragraphs(__doc__), help_epilogue=EXAMPLE, **STYLE
 )
@@ -151,12 +153,13 @@ class TextStudy:
         records = facts.reported(number)
         folder = page.folder_of(self.out, data_set.name, setting, row.name, None if setting == SINGLE else len(records))
         if setting == SINGLE:
-            self._single(data_set, records, row, editor, folder)
+            self._single(data_set, records, editor, folder, self._texts[:FEW])
             return
         analysis = EvaluateSequenceRun(
             editor=editor,
             moments=self._moments_for(editor),
-            evaluation=_evaluation(data_set, texts=16, length=64),
+            texts=self._texts[:MEASURED],
+            evaluation=_evaluation(data_set),
             at=tuple(at for at in AT if at < len(records)),
             per_step=PER_STEP[setting],
             unedited=self.out / "unedited",
@@ -164,11 +167,10 @@ class TextStudy:
         run_analysis(self.vlm, analysis, enumerate(records, 1), folder)
 
     def _single(
-        self, data_set: DataSet, records: Sequence[EditRecord], row: TextRow, editor: Any, folder: Path
+        self, data_set: DataSet, records: Sequence[EditRecord], editor: Any, folder: Path, texts: tuple[str, ...] = ()
     ) -> None:
-        evaluation = _evaluation(data_set, texts=4, length=32)
-        analysis = EvaluateRun(editor=editor, moments=self._moments_for(editor), evaluation=evaluation)
-        run_analysis(self.vlm, analysis, enumerate(records, 1), folder)
+        given = {"moments": self._moments_for(editor), "texts": texts, "evaluation": _evaluation(data_set)}
+        run_analysis(self.vlm, EvaluateRun(editor=editor, **given), enumerate(records, 1), folder)
 
     def _chosen(self, data_set: DataSet, facts: Facts, row: TextRow) -> Any:
         """Return the editor with the settings that were, or are now, chosen on the choosing half.
@@ -198,7 +200,7 @@ class TextStudy:
             folder = self.out / "choosing" / data_set.name / f"{row.name} {number}"
             print(f"choosing: {name}", flush=True)
             try:
-                self._single(data_set, records, row, editor, folder)
+                self._single(data_set, records, editor, folder)
                 worths[name] = page.single_scores(folder).worth
             except RunError as error:
                 print(f"not chosen: {error}", flush=True)
@@ -209,17 +211,20 @@ class TextStudy:
         return self._moments if getattr(editor, "needs_moments", False) else None
 
     @cached_property
+    def _texts(self) -> tuple[str, ...]:
+        """Texts that the model samples: the first ones are measured, the others say what it knows."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        return own_texts(self.vlm, self.out / "texts.json", MEASURED + self.options.texts)
+
+    @cached_property
     def _moments(self) -> Path:
         """The file of second moments, of all layers that any row needs."""
         layers = sorted({layer for row in text_rows() for layer in row.moment_layers(self.vlm.layers)})
-        self.out.mkdir(parents=True, exist_ok=True)
-        return known_moments(self.vlm, self.out / _MOMENTS, layers, self.options.texts)
+        return known_moments(self.vlm, self.out / _MOMENTS, layers, self._texts[MEASURED:])
 
 
-def _evaluation(data_set: DataSet, *, texts: int, length: int) -> EvaluationSettings:
-    return EvaluationSettings(
-        forced=False, max_new_tokens=data_set.max_new_tokens, perplexity_texts=texts, perplexity_tokens=length
-    )
+def _evaluation(data_set: DataSet) -> EvaluationSettings:
+    return EvaluationSettings(forced=False, max_new_tokens=data_set.max_new_tokens)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ the first mark that ends them, and an answer is right if it begins with the want
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ...artefacts import read_json, write_json
 from ...data import EditRecord, read_data, with_template
-from ...data.facts import EDITED, GENERALITY, LOCALITY, OWN_TEXT
+from ...data.facts import EDITED, GENERALITY, GIVEN_TEXT, LOCALITY
 from ...data.worlds.flags import answer_of
 from ...editing.evaluation import BEGINS, PERPLEXITY, ProbeRow, begins_with_answer, bootstrap_interval
 from ...editing.moments import Moments, second_moments
@@ -22,6 +24,7 @@ from .real_facts import TEMPLATE
 BEGINNINGS = ("The", "In", "A", "It is", "When", "There", "This", "He was", "She", "Many", "If", "For", "One", "We")
 """First words after which the model samples the texts whose keys an editor takes for what the model knows."""
 _SEED = 0
+LAYOUT = "multrace own texts 1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +134,7 @@ def scores_of(rows: Iterable[ProbeRow]) -> TextScores:
     rows = list(rows)
     edited, others = ([row for row in rows if chosen(row)] for chosen in (_is_edited, _is_generality))
     local = [row for row in rows if row.aspect == LOCALITY]
-    texts = [row.numbers[PERPLEXITY] for row in rows if row.kind == OWN_TEXT]
+    texts = [row.numbers[PERPLEXITY] for row in rows if row.kind == GIVEN_TEXT]
     return TextScores(
         rewrite=_share(edited, [row.numbers[BEGINS] for row in edited]),
         rephrase=_share(others, [row.numbers[BEGINS] for row in others]),
@@ -164,22 +167,27 @@ def _share(rows: Sequence[ProbeRow], pairs: Sequence[tuple[float, float]]) -> Sh
 # ---- what the model knows ----
 
 
-def own_texts(vlm: VisionLanguageModel, number: int, *, max_new_tokens: int = 64) -> list[Prompt]:
-    """Return so many texts that the model samples by itself, as prompts; the same ones each time."""
+def own_texts(vlm: VisionLanguageModel, path: Path, number: int, *, max_new_tokens: int = 64) -> tuple[str, ...]:
+    """Return so many texts that the model samples by itself; the file keeps them, and is made if it has fewer.
+
+    Raises `CommandError` if the file is of another model.
+    """
+    if path.is_file():
+        known = read_json(path, LAYOUT)
+        if known["weights"] != vlm.weights_digest():
+            raise CommandError(f"{str(path)!r} holds texts of another model; choose another folder")
+        if len(known["texts"]) >= number:
+            return tuple(known["texts"][:number])
     starts = [BEGINNINGS[index % len(BEGINNINGS)] for index in range(number)]
     prompts = [vlm.prompt(None, start, template=TEMPLATE) for start in starts]
     found = vlm.continuations(prompts, max_new_tokens=max_new_tokens, seed=_SEED, progress=True)
-    texts = []
-    for start, continuation in zip(starts, found, strict=True):
-        try:
-            texts.append(vlm.prompt(None, start + continuation.text, template=TEMPLATE))
-        except ModelError:  # it spells a special token
-            continue
-    return texts
+    texts = [start + continuation.text for start, continuation in zip(starts, found, strict=True)]
+    write_json(path, LAYOUT, {"weights": vlm.weights_digest(), "texts": texts})
+    return tuple(texts)
 
 
-def known_moments(vlm: VisionLanguageModel, path: Path, layers: Sequence[int], number: int) -> Path:
-    """Return the file of second moments of these layers over texts of the model, which is made if it is not there.
+def known_moments(vlm: VisionLanguageModel, path: Path, layers: Sequence[int], texts: Sequence[str]) -> Path:
+    """Return the file of second moments of these layers over these texts, which is made if it is not there.
 
     Raises `EditError` if the file is of another model.
     """
@@ -188,4 +196,11 @@ def known_moments(vlm: VisionLanguageModel, path: Path, layers: Sequence[int], n
         moments.check(vlm)
         if {*layers} <= {*moments.layers}:
             return path
-    return second_moments(vlm, own_texts(vlm, number), layers=layers).save(path)
+    return second_moments(vlm, [*_prompts(vlm, texts)], layers=layers).save(path)
+
+
+def _prompts(vlm: VisionLanguageModel, texts: Iterable[str]) -> Iterator[Prompt]:
+    """The texts as the model reads them; one that spells a special token is left out."""
+    for text in texts:
+        with suppress(ModelError):
+            yield vlm.prompt(None, text, template=TEMPLATE)
