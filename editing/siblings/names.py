@@ -62,7 +62,9 @@ def other_subjects(vlm: VisionLanguageModel, question: Question, *, number: int 
 def _names(vlm: VisionLanguageModel, question: Question, start: str, end: str, number: int) -> Iterator[str]:
     """The beginning of each branch after a text, up to its end, where that is a name."""
     prompt = vlm.prompt(None, start, template=question.template)
-    first = vlm.logits(prompt)[0, -1].topk(min(number, vlm.vocab)).indices.tolist()
+    special = {*vlm.tokenizer.all_special_ids}  # no name begins with the end of a text, and no prompt may spell one
+    ranked = vlm.logits(prompt)[0, -1].topk(min(number + len(special), vlm.vocab)).indices.tolist()
+    first = [token for token in ranked if token not in special][:number]
     branches = [start + text for text in beginnings(vlm, prompt, first) if text.strip()]
     prompts = [vlm.prompt(None, text, template=question.template) for text in branches]
     found = vlm.continuations(prompts, max_new_tokens=_TOKENS, batch_size=number) if prompts else []
