@@ -12,6 +12,7 @@ from .facts import (
     Probe as Probe,
     Question as Question,
     questions_of as questions_of,
+    with_template as with_template,
 )
 from .formats import (
     FORMATS as FORMATS,

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Protocol, Self, runtime_checkable
+from typing import Any, Literal, NoReturn, Protocol, Self, cast, runtime_checkable
 
 from PIL import Image
 
@@ -365,6 +365,19 @@ def with_questions(
         if ("probes", index) in questions
     )
     return replace(record, question=questions[None], probes=probes, **lists)
+
+
+def with_template(record: EditRecord, template: str) -> EditRecord:
+    """Return the record with this template for each of its questions that has none.
+
+    Example:
+        >>> from multrace.data import EditRecord, Question, with_template
+        >>> record = EditRecord(question=Question(text="The capital of Australia is"), target="Canberra")
+        >>> with_template(record, "raw").question.template
+        'raw'
+    """
+    told = {place: replace(each, template=each.template or template) for place, each in questions_of(record)}
+    return cast(EditRecord, with_questions(record, told))
 
 
 def counted(number: int, noun: str) -> str:

@@ -38,6 +38,7 @@ from .requests import (
     EditError as EditError,
     room_for_targets as room_for_targets,
 )
+from .siblings.names import other_subjects as other_subjects
 from .siblings.siblings import Siblings as Siblings
 from .solve.editors import (
     EMMET as EMMET,
@@ -49,6 +50,7 @@ from .solve.editors import (
     EditorByRequest as EditorByRequest,
     MultEdit as MultEdit,
 )
+from .solve.geometry import Geometry as Geometry, predict_geometry as predict_geometry
 from .solve.gradient import (
     GradientEditor as GradientEditor,
     StableEdit as StableEdit,

@@ -24,6 +24,8 @@ FAILED = "failed"
 """Followed by the reason."""
 MARKS = ".,;:!?\n"
 """Characters that end an answer."""
+SENTENCE_ENDS = ".!?"
+"""Those of them after which a text goes on with a new sentence."""
 _PARTS = ("contexts", "rewrite_prompts", "preserve_prompts", "essence")
 _ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
@@ -153,6 +155,21 @@ def _answer_of(found: Continuation | None) -> str | None:
     return None if found is None else found.text.strip()
 
 
+def end_of_answer(text: str, start: int = 1) -> int:
+    """Return the place of the first mark from a place on that ends an answer, or the length of the text for none.
+
+    A mark inside a number or a name, as in 1,000 or 10:30, ends nothing.
+    """
+    return next(
+        (
+            place
+            for place in range(start, len(text))
+            if text[place] in MARKS and (text[place] == "\n" or not text[place + 1 : place + 2].isalnum())
+        ),
+        len(text),
+    )
+
+
 def says_target(said: str, target: str) -> bool:
     """Return whether an answer is the target, or goes on after the target with a mark that ends it.
 
@@ -164,7 +181,10 @@ def says_target(said: str, target: str) -> bool:
         (True, False)
     """
     said, target = said.strip(), target.strip()
-    return said == target or (said.startswith(target) and said[len(target)] in MARKS)
+    if said == target or not said.startswith(target):
+        return said == target
+    is_sentence = target[-1:] in SENTENCE_ENDS and said[len(target)].isspace()
+    return is_sentence or end_of_answer(said, len(target)) == len(target)
 
 
 def with_answers_seen(vlm: VisionLanguageModel, change: Any, requests: Sequence[EditRequest]) -> Any:

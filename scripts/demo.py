@@ -11,6 +11,7 @@ from cyclopts import App, Parameter
 from tqdm import tqdm
 
 from .. import tracing, workflow
+from ..editing import solve
 from . import demos
 from .fetch_smollm2 import CacheOptions
 from .options import CommandError, check_files, new_files
@@ -169,23 +170,25 @@ def _report(
         scores=table,
         chart=(chart, "Right answers of each kind of question, unedited, edited and undone."),
         plots=plots,
-        facts=[_reported(folder, number, located.traces[number], rows) for number, rows in probes.items()],
+        facts=[_reported(folder, number, located, rows) for number, rows in probes.items()],
     )
 
 
 def _reported(
-    folder: Path, number: int, trace: tracing.CausalTrace | None, probes: Sequence[VerifiedQuestion]
+    folder: Path, number: int, located: workflow.LocatedEdit, probes: Sequence[VerifiedQuestion]
 ) -> ReportedFact:
     """Return an edited fact with the picture of its trace, if it has one."""
+    trace, delta = located.traces[number], located.deltas[number]
+    leak = "" if delta is None else solve.leak_in_words(delta.requests[0])
     if trace is None:
-        return demos.ReportedFact(probes=probes)
+        return demos.ReportedFact(probes=probes, leak=leak)
     path = folder / _name(_TRACE, number)
     trace.plot(path)
     caption = (
         f"Where {trace.answer!r} comes from: its probability is {trace.clean:.3f} with this picture and "
         f"{float(trace.corrupted.mean()):.3f} with another one, and rises again where states are restored."
     )
-    return demos.ReportedFact(probes=probes, trace=(path, caption))
+    return demos.ReportedFact(probes=probes, leak=leak, trace=(path, caption))
 
 
 def _table(report: Report) -> str:

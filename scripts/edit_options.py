@@ -339,11 +339,7 @@ class EditorOptions(GeneralOptions):
             return None
         names: tuple[str, ...] = ()
         if self.sibling_names is not None:
-            try:
-                lines = self.sibling_names.read_text(encoding="utf-8").splitlines()
-            except (OSError, UnicodeError) as error:
-                raise CommandError(f"cannot read --sibling-names {str(self.sibling_names)!r}: {error}") from error
-            names = tuple(filter(None, map(str.strip, lines)))
+            names = read_texts(self.sibling_names)
         pictures: tuple[Path, ...] = ()
         if self.sibling_pictures is not None:
             if not self.sibling_pictures.is_dir():

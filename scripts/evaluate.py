@@ -54,7 +54,7 @@ _WORLD = "world"
 _NAMED = 3
 """Maximum number of pairs of rows that a note names."""
 _OF_WORLD = ("part", "probes", "contexts", "by_name", "keep")
-_OF_DATA = ("format", "images")
+_OF_DATA = ("format", "images", "template")
 _OF_SEQUENCE = ("at", "per_step", "growth", "stop")
 
 
@@ -87,6 +87,14 @@ class Evaluate(RunOptions, ComparedEditorOptions):
     keep: Annotated[
         int, Parameter(help="number of other entities whose answers each edit of --world has to keep", metavar="N")
     ] = 0
+    template: Annotated[
+        str | None,
+        Parameter(
+            help="template of the prompts of --data that name none: raw for the question alone, or a text with "
+            "{question}, such as '\\n{question}' for a model that continues texts (default: the model's own)",
+            metavar="TEXT",
+        ),
+    ] = None
     # pyrefly: ignore[bad-override] -- this command takes several editors
     editor: Annotated[
         tuple[str, ...], Parameter(help="one or more editors to compare", choices=NAMES, metavar="NAME")
@@ -284,6 +292,12 @@ def _plan(options: Evaluate, place: workflow.Place | None) -> _Plan:
         return replace(_of_world(options, place, general, facts), **extra)
     assert options.data is not None, "a check before says that there is a file"
     rows = tuple(data.read_data(options.data, format=options.format, images=options.images))
+    if options.template is not None:
+        template = options.template.replace("\\n", "\n")  # a line end is hard to type in a shell
+        rows = tuple(
+            (row, data.with_template(each, template) if isinstance(each, data.EditRecord) else each)
+            for row, each in rows
+        )
     if place is None:  # from all records of the file, so that a limit or a shard changes no trace
         edits = [record for _, record in rows if isinstance(record, data.EditRecord)]
         corruptions = workflow.other_pictures(edits)

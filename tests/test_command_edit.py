@@ -27,6 +27,8 @@ from multrace.scripts import (
     request_of,
     variants,
 )
+from multrace.scripts.edit import Edit
+from multrace.scripts.edit_options import make_editor
 from multrace.scripts.main import app
 from multrace.scripts.options import BASELINES, GRADIENT_EDITORS
 from multrace.workflow import Place
@@ -101,6 +103,7 @@ def desk(tmp_path: Path) -> Desk:
     peer = next(each for each in world.of_kind(first.kind) if each is not first)
     world.picture(peer, 0).image.save(tmp_path / "other.png")
     answers = tuple(case.fact.answer for case in cases)
+    (tmp_path / "empty").mkdir()
     return Desk(folder=tmp_path, rows=tuple(rows), answers=answers, other=tmp_path / "other.png")
 
 
@@ -223,6 +226,86 @@ def test_shares_count_keys_by_what_they_ask_for(tiny_vlm: VisionLanguageModel, d
         own = change.owners == index
         asked = change.residuals[own].double()
         assert share == pytest.approx(((moved[own] * asked).sum() / asked.square().sum()).item(), abs=1e-4)
+
+
+# ---- endings, siblings and their leak ----
+
+
+def by_name(desk: Desk, **changes: object) -> list[str]:
+    """Arguments that edit a fact that the model is asked by name."""
+    words = {"question": "Who founded Previco?", "constraint": "Previco", "target": "Pruro", "image": None}
+    return desk.asked(**words | {"where": "5", "steps": "2"} | changes)
+
+
+NAMED = [entity.name for entity in World().of_kind("company")][1:9]
+
+
+def test_the_printed_edit_and_the_report_say_what_leaks(desk: Desk, capsys: pytest.CaptureFixture):
+    names = desk.folder / "names.txt"
+    names.write_text("\n".join(["", *NAMED, " "]), encoding="utf-8")
+    assert app(by_name(desk, dry_run=[], sibling_names=str(names))) == 0
+    dry = capsys.readouterr().out
+    assert app(by_name(desk, sibling_names=str(names))) == 1  # too few steps
+    printed, (request,) = capsys.readouterr().out, desk.report()["requests"]
+    line = f"predicted leak   {request['leak']:.0%} at the same question about others, "
+    line += f"{request['leak_own']:.0%} at other questions about the subject"
+    assert line in dry.splitlines() and line in printed.splitlines()
+    assert 0 < request["leak_own"] < 1 and 0.9 < request["share"] < 1
+    (settings,) = [mt.Delta.load(desk.out / "edit.safetensors").settings]
+    assert settings["siblings"] == str(mt.editing.Siblings(names=tuple(NAMED)))
+    assert app(by_name(desk, siblings="none")) == 1
+    assert "leak" not in capsys.readouterr().out
+    assert "leak" not in desk.report()["requests"][0]
+    assert mt.Delta.load(desk.out / "edit.safetensors").settings["siblings"] == "None"
+
+
+def test_a_file_of_edits_has_a_column_for_what_leaks(desk: Desk, capsys: pytest.CaptureFixture):
+    rows = [
+        {"id": name, "question": f"Who founded {name}?", "constraint": name, "target": "Pruro"} for name in NAMED[:2]
+    ]
+    names = desk.folder / "names.txt"
+    names.write_text("\n".join(NAMED), encoding="utf-8")
+    assert app(desk.all(rows=rows, sibling_names=str(names), steps="2")) == 1
+    printed, requests = capsys.readouterr().out, desk.edits()["requests"]
+    for request in requests:
+        own = f"{request['leak_own']:.1%}" if "leak_own" in request else "-"
+        assert f"{request['leak']:.1%} / {own}" in printed
+    assert "leak: predicted share of a change at the same question about others / at others about" in printed
+    assert app(desk.all(rows=rows, siblings="none", steps="2", out=str(desk.folder / "none"))) == 1
+    assert "leak" not in capsys.readouterr().out
+
+
+def test_pictures_of_others_are_kept(desk: Desk, tiny_vlm: VisionLanguageModel):
+    folder = desk.folder / "others"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("no picture", encoding="utf-8")
+    for number in range(1, 3):
+        (folder / f"{number}.png").write_bytes(Path(desk.picture(number)).read_bytes())
+    prompt = tiny_vlm.prompt(folder / "2.png", desk.rows[0]["question"])
+    moved, (said,) = [], tiny_vlm.answers([prompt])
+    for more in ({"sibling_pictures": str(folder)}, {"siblings": "none"}):
+        assert app(desk.asked(where="0", steps="2", preserve_weight="inf", out=str(desk.folder / "a"), **more)) == 1
+        delta = mt.Delta.load(desk.folder / "a" / "edit.safetensors")
+        moved.append(slow_ratio(tiny_vlm, tiny_vlm.down_projection(0), prompt, said, delta.changes.popitem()[1]))
+    assert moved[0][0] < 0.1 * moved[1][0]
+
+
+@pytest.mark.parametrize("ending", ["own", "stop", "none"])
+def test_an_ending_is_asked_for_by_name(desk: Desk, ending: str):
+    assert app(by_name(desk, ending=ending, siblings="none", steps="1")) == 1
+    delta = mt.Delta.load(desk.out / "edit.safetensors")
+    (change,) = delta.changes.values()
+    assert delta.settings["ending"] == ending
+    assert change.rank == (1 if ending == "none" else 2)  # the word, and its end
+
+
+def test_settings_of_siblings_make_an_editor():
+    options = Edit(siblings="auto", ending="none")
+    assert make_editor(options, layer=5) == mt.MultEdit(layer=5, ending="none")
+    rome = replace(options, editor="rome", moment_weight=0.0, ridge_fraction=0.1)
+    assert make_editor(rome, layer=5).siblings == mt.editing.Siblings()
+    assert make_editor(replace(rome, siblings=None), layer=5).siblings is None
+    assert make_editor(Edit(preset="paper"), layer=2).siblings is None
 
 
 # ---- a file of requests ----
@@ -389,6 +472,15 @@ BAD: dict[str, tuple[dict[str, object], str]] = {  # name: changed options, what
     "variants below none": ({"augment": "-1"}, "--augment -1 needs"),
     "picture to keep": ({"keep_image": "{folder}/gone.png"}, "no picture at '{folder}/gone.png'"),
     "setting out of range": ({"clamp": "0"}, "pass clamp above 0"),
+    "ending that there is not": ({"ending": "dot"}, "--ending"),
+    "siblings that there are not": ({"siblings": "some"}, "--siblings"),
+    "names and none": ({"siblings": "none", "sibling_names": "{folder}/0.png"}, "--siblings none keeps none"),
+    "no names": ({"sibling_names": "{folder}/gone.txt"}, "cannot read '{folder}/gone.txt'"),
+    "names in a picture": ({"sibling_names": "{folder}/0.png"}, "cannot read '{folder}/0.png'"),
+    "empty names": ({"sibling_names": "/dev/null"}, "'/dev/null' has no text; write one per line"),
+    "no folder of pictures": ({"sibling_pictures": "{folder}/0.png"}, "'{folder}/0.png' is no folder"),
+    "folder without pictures": ({"sibling_pictures": "{folder}/empty"}, "'{folder}/empty' holds no picture"),
+    "siblings of a gradient step": ({"editor": "ultraedit", "siblings": "auto"}, "has no setting 'siblings'"),
 }
 
 

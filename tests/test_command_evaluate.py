@@ -8,11 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from multrace import ROME, MultEdit, VisionLanguageModel
-from multrace.data import DataError, EditCase, Question, World, WorldRequests, another_picture, world_records
+from multrace import ROME, MultEdit, VisionLanguageModel, load
+from multrace.data import (
+    DataError,
+    EditCase,
+    EditRecord,
+    Question,
+    World,
+    WorldRequests,
+    another_picture,
+    tiny_vlm_path,
+    world_records,
+)
 from multrace.data.facts import ABILITY, EFFICACY, LOCALITY
 from multrace.editing import FineTune, InContext
-from multrace.editing.evaluation import EXACT, UNCHANGED, EditCurve, EditReport
+from multrace.editing.evaluation import EXACT, UNCHANGED, EditCurve, EditReport, EvaluationSettings
 from multrace.editing.moments import own, second_moments
 from multrace.scripts import (
     CommandError,
@@ -25,7 +35,7 @@ from multrace.scripts import (
 from multrace.scripts.main import parse
 from multrace.tracing import EditSite, SwapImage, causal_trace
 from multrace.tracing.engine import KINDS
-from multrace.workflow import EvaluateRun, PlaceTrace, RunError, merge, other_pictures, read_rows
+from multrace.workflow import EvaluateRun, PlaceTrace, RunError, merge, other_pictures, read_rows, run as run_analysis
 from multrace.workflow.located_edit import POSITIONS
 
 pytestmark = pytest.mark.usefixtures("unproven", "load_once")
@@ -381,3 +391,23 @@ def test_held_out_questions_need_an_answer(write, tmp_path):
     assert read_general(write({"question": "Who?", "answer": "Ada"}))[0].answer == "Ada"
     with pytest.raises(CommandError, match="line 1 of .*no 'answer'"):
         read_general(write({"question": "Who?"}))
+
+
+def test_records_of_a_file_are_asked_by_a_template(row, write, tmp_path):
+    plain = {"question": row["rewrite_prompts"][0]["question"], "target": CASE.target}
+    path = write(plain, {**plain, "template": "raw"})
+    short = ["--data", path, "--where", "5:last", "--steps", "2", "--free-only", "--max-new-tokens", "2"]
+    assert run(*short, "--template", r"\n{question}", "--out", tmp_path / "out") == 0
+    questions = [Question(text=plain["question"], template=template) for template in ("\n{question}", "raw")]
+    records = [EditRecord(question=question, target=CASE.target) for question in questions]
+    analysis = EvaluateRun(
+        editor=MultEdit(layer=5, steps=2), evaluation=EvaluationSettings(forced=False, max_new_tokens=2)
+    )
+    vlm = load(tiny_vlm_path())
+    expected = run_analysis(vlm, analysis, enumerate(records, 1), tmp_path / "library", progress=False)
+    assert expected.done == 2
+    folders = [tmp_path / "out" / "multedit", tmp_path / "library"]
+    names, others = (json.loads((folder / "records.json").read_text())["names"] for folder in folders)
+    assert names == others  # names hold what is asked, the template included
+    with pytest.raises(CommandError, match="--template belongs to --data"):
+        run("--world", "outdated", "--where", "5:last", "--template", "raw", "--out", tmp_path / "world")

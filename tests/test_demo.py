@@ -217,11 +217,14 @@ def test_the_report_escapes_what_people_wrote(tiny_vlm, world, tmp_path):
     probes = verified_answers(tiny_vlm, delta, replace(edit_record(world, case, count=1), target=bad, probes=()))
     chart = plot_scores(scores(probes), tmp_path / "scores.png"), bad
     words = {"title": bad, "subtitle": bad, "reason": bad, "undo": bad, "rule": bad, "notes": [bad]}
-    fact = ReportedFact(probes=probes, trace=chart)
+    fact = ReportedFact(probes=probes, leak=bad, trace=chart)
     report = Report(scores=scores(probes), chart=chart, plots=[chart], facts=[fact], **words)
     page = write_report(report, tmp_path / "report.html").read_text(encoding="utf-8")
     assert bad not in page
     assert "&lt;script&gt;" in page
+    assert page.count("predicted leak: &lt;script&gt;") == 1
+    without = write_report(replace(report, facts=[replace(fact, leak="")]), tmp_path / "other.html")
+    assert "predicted leak" not in without.read_text(encoding="utf-8")
 
 
 # ---- real errors of a model that reads flags ----

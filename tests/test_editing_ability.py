@@ -14,6 +14,7 @@ from multrace.data.facts import (
     ABILITY,
     BY_NAME,
     CLOZE,
+    EDITED,
     EFFICACY,
     GIVEN_TEXT,
     LOCALITY,
@@ -37,6 +38,7 @@ from multrace.editing.evaluation import (
     cloze_questions,
     contains_answer,
     perplexity,
+    seen_statuses,
     text_perplexities,
 )
 from multrace.workflow import EvaluateSequenceRun, evaluate_sequence, read_cost, run
@@ -95,6 +97,15 @@ def test_headlines_name_the_original_entity_and_the_perplexity(careful, tmp_path
     assert EditReport.load(path) == careful and EditReport.load(path).cost == careful.cost
     content = json.loads(path.read_text())
     assert content["step"] == 1 and content["cost"]["edits"] == 1 and content["cost"]["device"] == "cpu"
+
+
+def test_a_target_that_the_model_goes_on_after_counts_as_said(careful):
+    own = next(row for row in careful.rows if row.kind == EDITED)
+    for after, status in ((f"{own.new}, the", "edited"), (f"{own.new} the", "not generated")):
+        row = replace(own, after=after, numbers={EXACT: (0.0, 0.0), BEGINS: (0.0, 1.0)})
+        assert seen_statuses({own.record: "edited"}, [row]) == {own.record: status}
+        assert BEGINS in replace(careful, rows=(row,)).headlines()
+    assert BEGINS not in careful.headlines()  # where a model stops, exact match says it all
 
 
 def test_by_name_is_generality_and_the_original_entity_is_locality(tiny_vlm, record):

@@ -311,3 +311,18 @@ def test_a_bad_record_costs_only_itself_where_edits_belong_together(
     analysed(tiny_vlm, analysis, tmp_path / "without", good)
     name = "summary/evaluation.json"
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
+
+
+def test_sequences_share_the_answers_of_the_unedited_model(
+    tiny_vlm: VisionLanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    alone = EvaluateSequenceRun(editor=EDITOR, evaluation=FREE)
+    shared = replace(alone, unedited=tmp_path / "unedited")
+    reports = [analysed(tiny_vlm, each, tmp_path / f"{index}") for index, each in enumerate([alone, shared])]
+    files = sorted((tmp_path / "unedited").rglob("*.json"))
+    assert len(files) == len(RECORDS)
+    monkeypatch.setattr(evaluate_sequence, "measure_baseline", None)  # nothing is asked again
+    reports.append(analysed(tiny_vlm, replace(shared, per_step=3), tmp_path / "2"))
+    assert [report.done for report in reports] == [len(RECORDS)] * 3
+    tables = [(tmp_path / name / "summary" / "generations.jsonl").read_bytes() for name in "01"]
+    assert tables[0] == tables[1]

@@ -54,6 +54,7 @@ from .run_folder import (
     result_folder as result_folder,
 )
 from .runs import ModelToLoad as ModelToLoad, run as run
+from .site_choice import choose_site as choose_site
 from .trace_run import (
     PlaceTrace as PlaceTrace,
     TraceRun as TraceRun,

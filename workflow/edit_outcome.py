@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -12,7 +12,8 @@ from ..data import EditRequest
 from ..editing import EDITED, NOT_GENERATED, ClosedFormEditor, Delta, RuntimeEdit, room_for_targets
 from ..editing.changes.weight_change import Rounding
 from ..editing.evaluation import preview, preview_lines, sizes
-from ..editing.requests import answers_where_finite, target_probability
+from ..editing.requests import answers_where_finite, says_target, target_probability
+from ..editing.solve.kept import OTHERS, OWN, leak_in_words
 from ..models import VisionLanguageModel
 from ..tracing import EditSite
 from .located_edit import TraceShift
@@ -137,7 +138,7 @@ class EditOutcome:
 
     def says_target(self, index: int) -> bool:
         """Return whether the edited model answers a request with its target."""
-        return self.answers[index][1] == str(self.delta.requests[index]["target"]).strip()
+        return says_target(self.answers[index][1], str(self.delta.requests[index]["target"]))
 
     def save_report(self, path: Path) -> None:
         """Write everything but the change itself as a JSON file."""
@@ -196,6 +197,7 @@ class EditOutcome:
         yield ""
         yield from (f"{state:<15}  {answer}" for state, answer in zip(_STATES, self.answers[0], strict=True))
         yield f"{'retained':<15}  {_share(self.shares[0])} of the requested change"
+        yield from (f"{'predicted leak':<15}  {leak}" for leak in (leak_in_words(request),) if leak)
 
     def _many(self) -> Iterator[str]:
         right = sum(self.says_target(index) for index in range(len(self.answers)))
@@ -203,16 +205,21 @@ class EditOutcome:
             yield f"edited at  {place}" + (f" ({count} requests)" if count < len(self.places) else "")
         yield f"edited     {self.edited} of {len(self.answers)} requests; {right} now say their target"
         yield ""
-        rows: list[tuple[str, ...]] = [("", "question", "target", *_STATES, "retained")]
+        leaks = any(map(leak_in_words, self.delta.requests))
+        head = ("", "question", "target", *_STATES, "retained", *(["leak"] if leaks else []))
+        rows: list[tuple[str, ...]] = [head]
         for index, request in enumerate(self.delta.requests[:_SHOWN]):
             is_made = request["status"] in (EDITED, NOT_GENERATED)
             said = self.answers[index] if is_made else (self.answers[index][0], request["status"])
             row = (str(index), *map(str, (request["question"], request["target"], *said)))
-            rows.append((*row, *[""] * (6 - len(row)), _share(self.shares[index])))
+            end = [_share(self.shares[index]), *([_leak(request)] if leaks else [])]
+            rows.append((*row, *[""] * (6 - len(row)), *end))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         yield from (
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
         )
+        if leaks:
+            yield "leak: predicted share of a change at the same question about others / at others about the subject"
         if len(self.answers) > _SHOWN:
             yield f"and {len(self.answers) - _SHOWN} more, in the report"
 
@@ -242,6 +249,10 @@ def _counted(places: Sequence[Place]) -> list[tuple[str, int]]:
     alike = len(set(places)) == 1
     words = [str(place) if alike else str(place).partition(":")[0] for place in places]
     return sorted(((each, words.count(each)) for each in set(words)), key=lambda pair: -pair[1])
+
+
+def _leak(report: Mapping[str, Any]) -> str:
+    return " / ".join(_share(report.get(kind)) for kind in (OTHERS, OWN)) if leak_in_words(report) else "-"
 
 
 def _share(share: float | None) -> str:

@@ -183,6 +183,8 @@ class EditRun(Analysis):
             cast(Mapping[str, EditRecord], records),
             load_traces(self.trace_files) if self.trace_files else stored_traces(vlm, records, traces),
             per_request=self.each,
+            editor=editor,
+            moments=moments,
             positions=CANDIDATES if self.trace is None else self.trace.positions or CANDIDATES,
             progress=progress,
         )

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
-from ..artefacts.files import read_json, write_json
+from ..artefacts.files import digest, read_json, write_json
 from ..data import EditRecord
 from ..editing import (
     Baseline,
@@ -57,6 +57,9 @@ class EvaluateSequenceRun(LocatedTogether):
     """Relative growth of a weight's norm from which on a warning is due."""
     stop: bool = False
     """End the sequence there: the later records count as failed."""
+    unedited: Path | None = None
+    """Folder for the answers of the unedited model, which runs of the same model and records share; None keeps them in
+    the folder of the run. It changes no result and is no setting of the run."""
 
     def settings(self) -> dict[str, Any]:
         """Return the settings as plain values."""
@@ -112,11 +115,14 @@ class EvaluateSequenceRun(LocatedTogether):
         self, vlm: VisionLanguageModel, folder: Path, parts: dict[str, Baseline], name: str, record: EditRecord
     ) -> None:
         """Add the answers of the unedited model to a record's questions; they are kept in the folder once asked."""
+        if self.unedited is not None:
+            key = digest(vlm.weights_digest(), repr(asdict(self.evaluation)))[:12]
+            folder = self.unedited / key
         path = folder / f"{_UNEDITED}-{name}.json"
         if not path.is_file():
             options = {"settings": self.evaluation, "batch_size": self.batch_size, "progress": False}
             part = measure_baseline(vlm, [record], **options)
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=self.unedited is not None, exist_ok=True)
             write_json(path, _UNEDITED_LAYOUT, part.as_json(), error=RunError)
         parts[name] = Baseline.from_json(read_json(path, _UNEDITED_LAYOUT, error=RunError))
 

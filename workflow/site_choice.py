@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from math import isnan, nan
+from typing import Any
 
 from ..data.facts import EditRequest
 from ..editing.moments import Moments
@@ -54,6 +55,7 @@ def choose_site(
     causes = [each for each in candidates if not each.excluded and each.effect >= EFFECT_SHARE * largest]
     if largest <= 0 or not causes:
         return replace(strongest, candidates=candidates)
+    causes = [each for each in causes if not isnan(each.leak)] or causes  # what is not predicted is no merit
     bounded = [each for each in causes if _known(each.leak, 0.0) <= leak_bound]
     best = max(bounded, key=_worth) if bounded else min(causes, key=lambda each: each.leak)
     onset = trace.onset(_row_of(trace, best.token), fraction)
@@ -91,17 +93,16 @@ class SiteChooser:
     ) -> None:
         self.vlm, self.requests, self.editor, self.moments = vlm, requests, editor, moments
         self.fraction, self.progress = fraction, progress
-        self._sites: dict[int, EditSite | TraceError] = {}
+        self._sites: dict[CausalTrace | AverageTrace, EditSite | TraceError] = {}
 
     def site(self, trace: CausalTrace | AverageTrace, members: Sequence[int]) -> EditSite:
         """Return the site that this trace gives the requests of these numbers. Raises `TraceError` if it shows none."""
-        key = id(trace)
-        if key not in self._sites:
+        if trace not in self._sites:
             try:
-                self._sites[key] = self._chosen(trace, members)
+                self._sites[trace] = self._chosen(trace, members)
             except TraceError as error:
-                self._sites[key] = error
-        found = self._sites[key]
+                self._sites[trace] = error
+        found = self._sites[trace]
         if isinstance(found, TraceError):
             raise found
         return found
@@ -137,8 +138,10 @@ def geometry_of(
     if not tokens:
         return None
     if editor.needs_moments and moments is None:
-        editor = replace(editor, moment_weight=0.0, null_threshold=None, null_share=None)
-    options = {"tokens": tokens, "moments": moments, "progress": progress}
+        editor = replace(editor, moment_weight=0.0, null_threshold=None, null_share=None, null_refresh=None)
+    options: dict[str, Any] = {"tokens": tokens, "moments": moments, "progress": progress}
+    if editor.needs_moments and moments is not None:  # elsewhere no edit can be made
+        options["layers"] = [layer for layer in moments.layers if layer < vlm.layers]
     return predict_geometry(vlm, [*requests, *at_hand], editor, most=min(len(requests), _MOST), **options)
 
 
@@ -155,8 +158,10 @@ def _candidates(trace: CausalTrace | AverageTrace, geometry: Geometry, fraction:
                 excluded = f"before the onset, layer {onset}"
             elif start is None or layer < start:
                 excluded = "its window restores the corrupted token itself"
-            known = place is not None and layer in geometry.layers
-            at = (place, geometry.layers.index(layer)) if known else None
+            elif layer not in geometry.layers:
+                excluded = "no second moments of this layer"
+            is_known = place is not None and layer in geometry.layers
+            at = (place, geometry.layers.index(layer)) if is_known else None
             yield SiteCandidate(
                 token=token,
                 layer=layer,

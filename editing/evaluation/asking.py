@@ -18,7 +18,7 @@ from ...models import Prompt, VisionLanguageModel
 from ...models.errors import whole_number
 from ...models.prompts import batches, collate
 from ..changes import Change
-from ..requests import EDITED as EDITED_STATUS, NOT_GENERATED, EditError, prompt_answers
+from ..requests import EDITED as EDITED_STATUS, NOT_GENERATED, EditError, prompt_answers, says_target
 from .checks import Check, checks_of, general_checks, names_of
 from .metrics import (
     BEGINS,
@@ -442,9 +442,11 @@ def statuses_of(change: Change, count: int) -> tuple[str, ...]:
 def seen_statuses(statuses: Mapping[str, str], rows: Iterable[ProbeRow]) -> dict[str, str]:
     """Return the statuses by record, with "not generated" for an edit whose question is not answered with its target.
 
+    A target that a continuing model goes on after with a mark counts as an answer (`says_target`).
+
     statuses: Record -> status that its change reported. rows: What was measured with the edits in the model.
     """
-    silent = {row.record for row in rows if row.kind == EDITED and not row.numbers[EXACT][1]}
+    silent = {row.record for row in rows if row.kind == EDITED and not says_target(row.after, row.new)}
     is_silent = {name: status == EDITED_STATUS and name in silent for name, status in statuses.items()}
     return {name: NOT_GENERATED if is_silent[name] else status for name, status in statuses.items()}
 

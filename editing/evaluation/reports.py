@@ -13,7 +13,18 @@ from ..requests import FAILED, NOT_GENERATED, EditError
 from .costs import EditCost
 from .curves import MEANS, STYLES, EditCurve, aligned, loaded
 from .judging import Judge, Verdicts
-from .metrics import EXACT, JUDGED, NOT_NEW, PERPLEXITY, SPLITS, UNCHANGED, Interval, bootstrap_interval, split_of
+from .metrics import (
+    BEGINS,
+    EXACT,
+    JUDGED,
+    NOT_NEW,
+    PERPLEXITY,
+    SPLITS,
+    UNCHANGED,
+    Interval,
+    bootstrap_interval,
+    split_of,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -336,8 +347,13 @@ class EditReport(Result):
         return "\n".join([*aligned(lines), *tail])
 
     def headlines(self) -> str:
-        """Return the table of `summary` with the headlines only: exact match, unchanged answers, and perplexity."""
-        return self.summary(protocols=_HEADLINES)
+        """Return the table of `summary` with the headlines only: exact match, unchanged answers, and perplexity.
+
+        Of a model that goes on after its answers, the shares of answers that begin with the target are shown too.
+        """
+        pairs = [(row.numbers[EXACT], row.numbers[BEGINS]) for row in self.rows if {EXACT, BEGINS} <= {*row.numbers}]
+        goes_on = any(exact != begins for exact, begins in pairs)
+        return self.summary(protocols=(*_HEADLINES, BEGINS) if goes_on else _HEADLINES)
 
     def plot(self, path: str | Path | None = None) -> "Figure":
         """Return a figure of the headline scores of both models by kind of question, with 95 % intervals.

@@ -12,13 +12,13 @@ from tqdm import tqdm
 from ...data.facts import CLOZE, EFFICACY, GIVEN_TEXT, OWN_TEXT, EditRecord, EditRequest
 from ...models import ModelError, VisionLanguageModel
 from ..changes import Change, EditSession
-from ..requests import FAILED, EditError
+from ..requests import FAILED, EditError, says_target
 from .ability import AbilityTests
 from .asking import Baseline, measured, measured_now, seen_statuses, statuses_of
 from .checks import Check, asked_together, checks_of, names_of
 from .costs import CostMeter, EditCost
 from .curves import MEANS, EditCurve, SequencePoint
-from .metrics import EXACT, PERPLEXITY, UNCHANGED, Interval, bootstrap_interval
+from .metrics import PERPLEXITY, UNCHANGED, Interval, bootstrap_interval
 from .reports import EditReport, LeftOut, ProbeRow
 
 logger = logging.getLogger("multrace")
@@ -160,7 +160,7 @@ class SequenceSteps:
                 self.growth = max(self.growth, _growth(self.vlm, edit.change, self._before))
         own = [next(checks_of(record.id, record)) for record in records]
         rows = measured_now(self.vlm, own, self.reference, settings=self.reference.settings, batch_size=batch_size)
-        self.worked |= {row.record: row.numbers[EXACT][1] == 1 for row in rows}
+        self.worked |= {row.record: says_target(row.after, row.new) for row in rows}
         self._watch()
         by_record = {row.record: self._said(row) for row in rows}
         return tuple(replace(edit, rows=[by_record[record.id] for record in edit.records]) for edit in made)
@@ -241,7 +241,7 @@ class SequenceSteps:
         )
 
     def _point(self, rows: Sequence[ProbeRow]) -> SequencePoint:
-        holds = {row.record: row.numbers[EXACT][1] == 1 for row in rows if row.aspect == EFFICACY}
+        holds = {row.record: says_target(row.after, row.new) for row in rows if row.aspect == EFFICACY}
         worked = [name for name, has_worked in self.worked.items() if has_worked]
         first, seed = next(iter(self.worked)), self.reference.settings.seed
         means: dict[str, Any] = {name: _mean(rows, name, seed) for name in MEANS}

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
 import torch
 
 from ...data.facts import Question
-from ...models import VisionLanguageModel
+from ...models import Prompt, VisionLanguageModel
 
 _LONGEST = 6
 """Maximum number of words of a name."""
 _TOKENS = 7
 """Number of tokens that a branch is continued by: enough for most names and the word after them."""
+_BROKEN = "\ufffd"  # what half a letter is decoded to
 _END = r"[.,;:!?\n()]"
 _JOINS = ("and ", "or ", "such as ", "including ")
 
@@ -55,14 +56,16 @@ def other_subjects(vlm: VisionLanguageModel, question: Question, *, number: int 
         end = rf"{_END}|(?<!\S){re.escape(following)}(?!\w)" if following else _END
         lists.append(_names(vlm, question, before.rstrip(), end, number))
     names = dict.fromkeys(name for turn in zip_longest(*lists) for name in turn if name is not None)
-    return tuple(name for name in names if not _overlap(name, subject))[:number]
+    return tuple(name for name in names if not overlap(name, subject))[:number]
 
 
 def _names(vlm: VisionLanguageModel, question: Question, start: str, end: str, number: int) -> Iterator[str]:
     """The beginning of each branch after a text, up to its end, where that is a name."""
     prompt = vlm.prompt(None, start, template=question.template)
-    first = vlm.logits(prompt)[0, -1].topk(min(number, vlm.vocab)).indices.tolist()
-    branches = [text for token in first if (text := start + vlm.tokenizer.decode([token])).strip() != start]
+    special = {*vlm.tokenizer.all_special_ids}  # no name begins with the end of a text, and no prompt may spell one
+    ranked = vlm.logits(prompt)[0, -1].topk(min(number + len(special), vlm.vocab)).indices.tolist()
+    first = [token for token in ranked if token not in special][:number]
+    branches = [start + text for text in beginnings(vlm, prompt, first) if text.strip()]
     prompts = [vlm.prompt(None, text, template=question.template) for text in branches]
     found = vlm.continuations(prompts, max_new_tokens=_TOKENS, batch_size=number) if prompts else []
     for text, continuation in zip(branches, found, strict=True):
@@ -73,10 +76,23 @@ def _names(vlm: VisionLanguageModel, question: Question, start: str, end: str, n
         for join in _JOINS:
             name = name.removeprefix(join)
         words = name.removeprefix("the ").split()
-        if words and len(words) <= _LONGEST and words[0][0].isupper() and words[-1][0].isupper():
+        is_short = 0 < len(words) <= _LONGEST and _BROKEN not in name
+        if is_short and words[0][0].isupper() and words[-1][0].isupper():
             yield name
 
 
-def _overlap(name: str, subject: str) -> bool:
+def beginnings(vlm: VisionLanguageModel, prompt: Prompt, tokens: Sequence[int]) -> list[str]:
+    """Return the text of each of these tokens after a prompt, blanks included; none for special and other added ones.
+
+    A token alone is not decoded: many tokenizers drop the blank before the first word of a text.
+    """
+    last = prompt.inputs["input_ids"][0, -1].item()
+    before = vlm.tokenizer.decode([last])
+    added = vlm.tokenizer.added_tokens_decoder
+    return [vlm.tokenizer.decode([last, token])[len(before) :] for token in tokens if token not in added]
+
+
+def overlap(name: str, subject: str) -> bool:
+    """Return whether one of two names contains the other, whatever the case and a leading article."""
     one, other = name.casefold().removeprefix("the "), subject.casefold().removeprefix("the ")
     return one in other or other in one

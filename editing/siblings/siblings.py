@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from PIL import Image
 
 from ...data.facts import EditRequest, PictureSource, Question
 from ...models import VisionLanguageModel
 from ..requests import EditError, answers_where_finite, edited_questions
-from .names import other_subjects
+from .names import other_subjects, overlap
 
 TEMPLATES = (
     "{} is known for",
@@ -35,7 +38,7 @@ class Siblings:
 
     names: tuple[str, ...] = ()
     """Names of other subjects. Without any, the model is asked for names (`other_subjects`)."""
-    pictures: tuple[PictureSource, ...] = ()
+    pictures: tuple[PictureSource, ...] = field(default=(), hash=False)
     """Pictures of other things, about which the question of a picture is asked too."""
     templates: tuple[str, ...] = TEMPLATES
     """Other questions about the same subject, with {} in its place. Those that the model answers as it answers the
@@ -48,6 +51,11 @@ class Siblings:
     """Whether the mean key of the others is kept instead of each: one constraint, which removes most of the leak."""
 
     def __post_init__(self) -> None:
+        for name in ("names", "pictures", "templates"):
+            value = getattr(self, name)
+            if isinstance(value, str | Path | Image.Image):
+                raise EditError(f"Siblings got {name}={value!r}; pass a tuple of them")
+            object.__setattr__(self, name, tuple(value))
         for name in ("others", "own"):
             if getattr(self, name) < 0:
                 raise EditError(f"Siblings got {name}={getattr(self, name)}; pass a number of at least 0")
@@ -78,27 +86,50 @@ class SiblingFinder:
 
     def __init__(self, vlm: VisionLanguageModel) -> None:
         self.vlm = vlm
-        self._names: dict[tuple[str, str], tuple[str, ...]] = {}
+        self._names: dict[tuple[str, str, int], tuple[str, ...]] = {}
 
     def find(
-        self, requests: Sequence[EditRequest], settings: Siblings, *, only: Sequence[int] | None = None
+        self,
+        requests: Sequence[EditRequest],
+        settings: Siblings,
+        *,
+        only: Sequence[int] | None = None,
+        room: int | None = None,
     ) -> tuple[SiblingSet, ...]:
         """Return the siblings of each request; no question that is to change for any of them is among them.
 
         The model is run to name other subjects, and once for each other question about the same subject.
 
-        only: The indices of the requests whose siblings are wanted (default: all); the others supply subjects alone.
+        Args:
+            requests: The requests that are edited together.
+            settings: Where siblings come from, and how many of them.
+            only: The indices of the requests whose siblings are wanted (default: all); the others supply subjects.
+            room: Maximum number of siblings in all (default: any). Requests get equal parts of it; where there are more
+                requests than room, only some of them have a sibling.
         """
+        others, own = settings.others, settings.own
+        wanted = range(len(requests)) if only is None else only
+        if room is not None:
+            others, own = _parts(room // max(1, len(wanted)), settings)
+            every = max(1, -(-len(wanted) // max(1, room)))
+        else:
+            every = 1
         edited = {question.key for request in requests for question in edited_questions(request)}
         found = []
-        for request in requests if only is None else [requests[index] for index in only]:
-            others = [question for question in self._others(request, requests, settings) if question.key not in edited]
-            own = [question for question in self._own(request, requests, settings) if question.key not in edited]
-            own = self._without_wordings(request, own[: 2 * settings.own])
-            found.append(SiblingSet(others=_first(others, settings.others), own=_first(own, settings.own)))
+        for place, index in enumerate(wanted):
+            request = requests[index]
+            if place % every:
+                found.append(SiblingSet())
+                continue
+            same = (each for each in self._others(request, requests, settings, others) if each.key not in edited)
+            about = (each for each in self._own(request, requests, settings) if each.key not in edited)
+            apart = self._without_wordings(request, _first(about, 2 * own))
+            found.append(SiblingSet(others=_first(same, others), own=_first(apart, own)))
         return tuple(found)
 
-    def _others(self, request: EditRequest, requests: Sequence[EditRequest], settings: Siblings) -> Iterator[Question]:
+    def _others(
+        self, request: EditRequest, requests: Sequence[EditRequest], settings: Siblings, number: int
+    ) -> Iterator[Question]:
         question = request.question
         if question.images:
             if len(question.images) == 1:
@@ -106,28 +137,21 @@ class SiblingFinder:
                 pictures = [*settings.pictures, *(image for images in at_hand for image in images)]
                 yield from (question.with_image(picture) for picture in pictures)
             return
-        subject = question.constraint
-        if not isinstance(subject, str) or question.text.count(subject) != 1:
+        subject, frame = question.constraint, _frame(question)
+        if frame is None:
             return
-        frame = question.text.replace(subject, "{}")
-        at_hand = [
-            other.question.constraint
-            for other in requests
-            if isinstance(other.question.constraint, str)
-            and not other.question.images
-            and other.question.text.replace(other.question.constraint, "{}") == frame
-        ]
+        at_hand = [str(other.question.constraint) for other in requests if _frame(other.question) == frame]
         names = [*settings.names, *(name for name in at_hand if name != subject)]
-        if len(names) < _ENOUGH:
-            names += self._named(question, frame, settings.others)
-        yield from (_about(question, name) for name in dict.fromkeys(names) if name != subject)
+        if not settings.names and len(names) < _ENOUGH:
+            names += self._named(question, frame, number)
+        yield from (_filled(frame, name, question.template) for name in dict.fromkeys(names) if name != subject)
 
     def _named(self, question: Question, frame: str, number: int) -> tuple[str, ...]:
         """Names that the model gives."""
-        key = (frame, str(question.constraint))
+        key = (frame, str(question.constraint), number)
         if key not in self._names:
             self._names[key] = other_subjects(self.vlm, question, number=2 * number) if number else ()
-        return self._names[key]
+        return tuple(name for name in self._names[key] if not overlap(name, str(question.constraint)))
 
     def _own(self, request: EditRequest, requests: Sequence[EditRequest], settings: Siblings) -> Iterator[Question]:
         question, subject = request.question, request.question.constraint
@@ -136,17 +160,9 @@ class SiblingFinder:
                 if len(other.question.images) == len(question.images):
                     yield replace(other.question.with_image(question.image), answer=None, answers=(), id="")
         elif isinstance(subject, str):
-            frames = [
-                (other.question.text.replace(other.question.constraint, "{}"), other.question.template)
-                for other in requests
-                if isinstance(other.question.constraint, str)
-                and other.question.text.count(other.question.constraint) == 1
-                and not other.question.images
-            ]
-            for frame, template in [
-                *((each, question.template) for each in settings.templates),
-                *dict.fromkeys(frames),
-            ]:
+            frames = [(each, question.template) for each in settings.templates]
+            frames += [(frame, other.question.template) for other in requests if (frame := _frame(other.question))]
+            for frame, template in dict.fromkeys(frames):
                 yield _filled(frame, subject, template)
 
     def _without_wordings(self, request: EditRequest, own: Sequence[Question]) -> list[Question]:
@@ -162,9 +178,12 @@ class SiblingFinder:
         ]
 
 
-def _about(question: Question, name: str) -> Question:
-    """The same question about another subject."""
-    return _filled(question.text.replace(str(question.constraint), "{}"), name, question.template)
+def _frame(question: Question) -> str | None:
+    """The question with {} in place of its subject; None if it has a picture or does not say its subject just once."""
+    subject = question.constraint
+    if question.images or not isinstance(subject, str) or question.text.count(subject) != 1 or "{}" in question.text:
+        return None
+    return question.text.replace(subject, "{}")
 
 
 def _filled(frame: str, subject: str, template: str | None) -> Question:
@@ -174,6 +193,19 @@ def _filled(frame: str, subject: str, template: str | None) -> Question:
     return Question(text=text, constraint=subject if text.count(subject) == 1 else None, template=template)
 
 
-def _first(questions: Sequence[Question], number: int) -> tuple[Question, ...]:
+def _first(questions: Iterable[Question], number: int) -> tuple[Question, ...]:
     """The first different questions."""
-    return tuple({question.key: question for question in questions}.values())[:number]
+    found: dict[str, Question] = {}
+    for question in questions if number else ():
+        found[question.key] = question
+        if len(found) == number:
+            break
+    return tuple(found.values())
+
+
+def _parts(room: int, settings: Siblings) -> tuple[int, int]:
+    """The numbers of other subjects and of other questions about a subject that fit into a request's room."""
+    if settings.others + settings.own <= room:
+        return settings.others, settings.own
+    own = min(settings.own, room // 4)
+    return max(1, min(settings.others, room - own)) if settings.others else 0, own

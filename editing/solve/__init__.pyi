@@ -11,6 +11,7 @@ from .editors import (
     EditorByRequest as EditorByRequest,
     MultEdit as MultEdit,
 )
+from .geometry import Geometry as Geometry, predict_geometry as predict_geometry
 from .gradient import (
     GRADIENT_EDITORS as GRADIENT_EDITORS,
     GradientEditor as GradientEditor,
@@ -18,6 +19,7 @@ from .gradient import (
     StableEdit as StableEdit,
     UltraEdit as UltraEdit,
 )
+from .kept import leak_in_words as leak_in_words
 from .null_space import null_space as null_space
 from .problem import (
     Problem as Problem,

@@ -18,19 +18,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...data.facts import EditRequest, Question
-from ...models import ModelError, Projection, VisionLanguageModel, patch
+from ...models import Projection, VisionLanguageModel, patch
 from ...models.hooks import StopForward
 from ...models.replay.upper import PaddedBatch
 from ..moments import Moments
-from ..requests import Augmentation, edited_questions
+from ..requests import Augmentation, EditError, edited_questions
 from ..siblings import SiblingFinder, Siblings, SiblingSet
 from ..values import Goal, key_positions, prompt_end, target_batch
 from ..values.keys import chunks
-from .problem import Problem, solve
+from .kept import HELD_OUT
+from .problem import Rows, solve
 from .settings import ClosedFormSettings
-
-_HELD_OUT = 4
-_INF = float("inf")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -114,6 +112,7 @@ def _shares(
         "wordings": _wordings(request),
         "others": siblings.others,
         "own": siblings.own,
+        "asked": request.preserve_prompts,
     }
     questions = [question for group in groups.values() for question in group]
     projections = {
@@ -124,13 +123,13 @@ def _shares(
     result = torch.full((4, len(tokens), len(layers)), float("nan"), dtype=torch.float64)
     keeps = editor.siblings is not None
     for token, name in enumerate(tokens):
-        own_is_kept = keeps and _is_last(vlm, request.question, name)
         for place, (layer, projection) in enumerate(projections.items()):
             present: dict[str, list[Tensor]] = {owner: [] for owner in groups}
-            for owner, row in zip(owners, keys[:, token, place], strict=True):
+            for owner, row in zip(owners, keys[place][:, token], strict=True):
                 if torch.isfinite(row).all() and row.any():
                     present[owner].append(row.double())
             if present["request"]:
+                own_is_kept = keeps and _is_last(vlm, request.question, name)
                 kept = {"others": keeps, "own": own_is_kept}
                 cost = partial(editor.cost, layer, projection, moments)
                 result[:, token, place] = _of_cell(present, kept, editor, cost)
@@ -140,31 +139,21 @@ def _shares(
 def _of_cell(present: dict[str, list[Tensor]], kept: dict[str, bool], editor: ClosedFormSettings, cost: Any) -> Tensor:
     """(quantity,) of one request at one token of one layer."""
     (key,) = present["request"]
-    rows, seen = [key], {}
+    asks = {"residuals": [key.new_ones(1, 1)], "weights": [editor.weight], "names": ["key"], "edited": 1}
+    rows, seen = Rows(keys=[key[None]], directions=None, **asks), {}
+    weight = float("inf") if editor.preserve_weight is None else editor.preserve_weight
+    if present["asked"]:
+        rows.add([("asked", torch.stack(present["asked"]))], weight)
     for name, is_kept in kept.items():
         keys = present[name]
-        held = keys[_HELD_OUT - 1 :: _HELD_OUT] if is_kept and len(keys) >= _HELD_OUT else ([] if is_kept else keys)
-        seen[name] = held
-        if is_kept:
-            held_rows = {id(each) for each in held}
-            rows += [each for each in keys if id(each) not in held_rows]
-    whole = key.square().sum().item()
-    left = whole
-    if len(rows) > 1:
-        others = torch.stack(rows[1:])
-        _, sizes, directions = torch.linalg.svd(others, full_matrices=False)
-        directions = directions[sizes > 1e-6 * sizes[0]]
-        left = whole - (directions @ key).square().sum().item()
-    ridge = editor.ridge_fraction * max(left, 1e-3 * whole) if editor.ridge is None else editor.ridge
-    weights = torch.full((len(rows),), _INF, dtype=torch.float64)
-    weights[0] = editor.weight
-    problem = Problem(
-        keys=torch.stack(rows),
-        residuals=torch.eye(len(rows), dtype=torch.float64)[:, :1].to(key),
-        weights=weights,
-        names=tuple("key" for _ in rows),
-    )
-    solution = solve(cost(ridge), problem)
+        seen[name] = keys[HELD_OUT - 1 :: HELD_OUT] if is_kept else keys
+        own = [each for number, each in enumerate(keys) if is_kept and number % HELD_OUT != HELD_OUT - 1]
+        if own:
+            stacked = torch.stack(own)
+            is_mean = editor.siblings is not None and editor.siblings.mean
+            rows.add([(name, stacked.mean(0, keepdim=True) if is_mean else stacked)], weight)
+    ridge = rows.ridge(editor.ridge_fraction) if editor.ridge is None else editor.ridge
+    solution = solve(cost(ridge), rows.problem())
     direction = (solution.left @ solution.right)[0]
 
     def mean(name: str, keys: list[Tensor], *, absolute: bool) -> float:
@@ -178,7 +167,7 @@ def _of_cell(present: dict[str, list[Tensor]], kept: dict[str, bool], editor: Cl
             mean("wordings", present["wordings"], absolute=False),
             mean("others", seen["others"], absolute=True),
             mean("own", seen["own"], absolute=True),
-            left / whole,
+            rows.ridge(1.0) / key.square().sum().item(),
         ],
         dtype=torch.float64,
     )
@@ -204,13 +193,13 @@ def keys_everywhere(
     projections: Sequence[Projection],
     *,
     rows_at_once: int = 32,
-) -> Tensor:
-    """Return what projections read at tokens of questions, (question, token, projection, width), in one run of each.
+) -> tuple[Tensor, ...]:
+    """Return what each projection reads at tokens of questions, (question, token, width), in one run of each question.
 
-    It is nan where a question lacks a token. All projections have one width. The model stops after the last of them.
+    It is nan where a question lacks a token. The model stops after the last of the projections.
     """
-    width = projections[0].width
-    found = torch.full((len(questions), len(tokens), len(projections), width), float("nan"))
+    shape = len(questions), len(tokens)
+    found = tuple(torch.full((*shape, projection.width), float("nan")) for projection in projections)
     goals = [Goal(prompts=(vlm.prompt_for(question),)) for question in questions]
     for chunk in chunks(goals, rows_at_once):
         own = [goals[index] for index in chunk]
@@ -221,7 +210,7 @@ def keys_everywhere(
         with suppress(StopForward), patch(vlm, visits, inputs=True):
             PaddedBatch.after_prefix(vlm, batch.entering, batch.start).logits(vlm, batch.label_columns)
         for place, keys in read.keys.items():
-            found[chunk, :, place] = keys
+            found[place][chunk] = keys
     return found
 
 
@@ -245,7 +234,6 @@ def _column(goal: Goal, token: str | int) -> int:
     """The position of a token in a goal's prompt, or -1."""
     (prompt,) = goal.prompts
     try:
-        positions = prompt.positions(token)
-    except ModelError:
+        return key_positions(prompt, token, end=False, every=False)[0]
+    except EditError:
         return -1
-    return max(positions) if positions and max(positions) < prompt_end(prompt) else -1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ logger = logging.getLogger("multrace")
 _INF = float("inf")
 _LOWER = (100.0, 10.0, 1.0, 0.1, 0.01, 0.001)
 """Weights that are tried where exact constraints leave a request too little."""
-_HELD_OUT = 4
+HELD_OUT = 4
 """One sibling in so many is not kept: the change at its key says what unseen siblings will see."""
 OTHERS, OWN = "leak", "leak_own"
 """Entries of a request's report: the leak to the same question about others, and to others about the same subject."""
@@ -41,6 +42,8 @@ class KeptQuestion:
     """Of a sibling: OTHERS or OWN."""
     held_out: bool = False
     """Whether it only measures the leak, and is not kept."""
+    also: tuple[tuple[int, str], ...] = ()
+    """If it is held out, the other requests whose sibling it is, and its kind to them."""
     averaged: bool = False
     """Whether the mean key of its request's siblings of this kind is kept in place of each."""
 
@@ -53,7 +56,7 @@ class KeptFinder:
         self.token = editor.place[1]
 
     def find(
-        self, requests: Mapping[int, EditRequest], siblings: Mapping[int, SiblingSet], *, keys: int, room: int
+        self, requests: Mapping[int, EditRequest], siblings: Mapping[int, SiblingSet], *, keys: int
     ) -> list[KeptQuestion]:
         """Return the questions, each once: those that the requests ask to keep, then siblings.
 
@@ -61,7 +64,6 @@ class KeptFinder:
             requests: The requests by their index.
             siblings: The siblings of each of them; empty for none.
             keys: The largest number of keys of an edit: one for each answer position where these are edited.
-            room: Maximum number of keys of siblings, less those of questions that requests ask to keep.
         """
         asked = {question.key: question for request in requests.values() for question in request.preserve_prompts}
         kept = self._asked_for(list(asked.values()))
@@ -72,7 +74,6 @@ class KeptFinder:
             without=asked.keys(),
             own=self.is_last(next(iter(requests.values())).question),
             mean=self.editor.siblings.mean,
-            room=max(1, room - len(kept)),
             has_token=self.has_token,
         )
         return kept + (found if keys == 1 else self._with_answers(found, keys))
@@ -127,7 +128,6 @@ def kept_siblings(
     without: Collection[str],
     own: bool,
     mean: bool,
-    room: int,
     has_token: Callable[[Question], bool],
 ) -> list[KeptQuestion]:
     """Return the siblings of requests as kept questions, each question once.
@@ -138,23 +138,22 @@ def kept_siblings(
         own: Whether other questions about the same subject are kept, too. Their keys at the subject itself are nearly
             the request's own.
         mean: Whether mean keys are kept.
-        room: Maximum number of keys to keep: beyond it, mean keys are kept instead.
         has_token: Whether a question has the edited token.
     """
-    seen, found = set(without), []
+    found: dict[str, KeptQuestion] = {}
     for owner, each in sets.items():
         for kind, questions in ((OTHERS, each.others), (OWN, each.own if own else ())):
             usable = [question for question in questions if has_token(question)]
             for number, question in enumerate(usable):
-                if question.key not in seen:
-                    seen.add(question.key)
-                    is_held_out = number % _HELD_OUT == _HELD_OUT - 1
+                if known := found.get(question.key):
+                    also = (*known.also, (owner, kind)) if known.held_out else ()
+                    found[question.key] = replace(known, also=also)
+                elif question.key not in without:
+                    is_held_out = number % HELD_OUT == HELD_OUT - 1
                     goal = PlainGoal(questions=(question,), target=None)
                     shape = {"owner": owner, "kind": kind, "held_out": is_held_out}
-                    found.append(KeptQuestion(name=repr(question.text), goal=goal, averaged=mean, **shape))
-    if not mean and sum(not each.held_out for each in found) > room:
-        return kept_siblings(sets, without=without, own=own, mean=True, room=room, has_token=has_token)
-    return found
+                    found[question.key] = KeptQuestion(name=repr(question.text), goal=goal, averaged=mean, **shape)
+    return list(found.values())
 
 
 def kept_weights(asked: int, siblings: int) -> list[tuple[float, float]]:
@@ -194,14 +193,17 @@ class KeptKeys:
             if question.owner is None:
                 asked.append((question.name, lookup.keys))
             elif question.held_out:
-                held.setdefault((question.owner, question.kind), []).append(lookup.keys[:1])
+                for group in ((question.owner, question.kind), *question.also):
+                    held.setdefault(group, []).append(lookup.keys[:1])
             elif question.averaged:
                 for is_first, keys in ((True, lookup.keys[:1]), (False, lookup.keys[1:])):
                     groups.setdefault((question.owner, question.kind, is_first), []).append(keys)
             else:
                 siblings.append((question.name, lookup.keys))
         means = [
-            (f"the mean of {len(keys)} siblings", torch.cat(keys).mean(0, keepdim=True)) for keys in groups.values()
+            (f"the mean of {len(keys)} siblings", torch.cat(keys).mean(0, keepdim=True))
+            for keys in groups.values()
+            if any(map(len, keys))  # a sibling has later keys only where an answer's tokens are edited
         ]
         return cls(
             asked=asked, siblings=siblings + means, held_out={group: torch.cat(keys) for group, keys in held.items()}
@@ -219,6 +221,15 @@ class KeptKeys:
             for (own, kind), keys in self.held_out.items()
             if own == owner and size
         }
+
+
+def leak_in_words(report: Mapping[str, Any]) -> str:
+    """Return how much of a request's change is predicted to reach what it should leave alone; empty where unknown.
+
+    report: an entry of `Delta.requests`.
+    """
+    others = {OTHERS: "the same question about others", OWN: "other questions about the subject"}
+    return ", ".join(f"{float(report[kind]):.0%} at {words}" for kind, words in others.items() if kind in report)
 
 
 def warn_of_little(change: WeightChange, keys: KeptKeys, labels: Sequence[str], *, least: float) -> None:

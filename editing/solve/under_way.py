@@ -247,17 +247,17 @@ class EditUnderWay:
 
     def _kept_questions(self) -> list[KeptQuestion]:
         """The questions whose outputs stay."""
-        room = max(1, self.projections[self.last].width // _ROOM)
         own = {owner: self.requests[owner] for owner in self.owners}
         keys = max(len(result.keys) for result in self.results)
-        return self.finder.find(own, self._siblings, keys=keys, room=room)
+        return self.finder.find(own, self._siblings, keys=keys)
 
     @cached_property
     def _siblings(self) -> dict[int, SiblingSet]:
         """The siblings of each request by its index; empty if the editor keeps none."""
         if self.editor.siblings is None:
             return {}
-        return dict(enumerate(self.shared.siblings.find(self.requests, self.editor.siblings)))
+        room = self.projections[self.last].width // _ROOM
+        return dict(enumerate(self.shared.siblings.find(self.requests, self.editor.siblings, room=room)))
 
     def _searched(self, index: int) -> EditRequest:
         """A request with the KL prompts of its value search: its own, or else other questions about its subject.

@@ -7,7 +7,7 @@ import torch
 from ...data.facts import EditRequest
 from ...models import Continuation, VisionLanguageModel
 from ...models.replay.upper import PaddedBatch
-from ..requests import MARKS
+from ..requests import MARKS, end_of_answer
 from .keys import Goals, chunks, end_ids, target_batch
 
 
@@ -22,8 +22,8 @@ def ending_of(vlm: VisionLanguageModel, request: EditRequest, present: Continuat
     """
     if present is None:
         return ()
-    text = present.text.strip(" ")
-    place = next((index for index, letter in enumerate(text) if index and letter in MARKS), len(text))
+    text = present.text.lstrip().rstrip(" ")
+    place = end_of_answer(text)
     mark = text[place : place + 1]
     if mark and request.target.endswith(mark):
         mark = text[place + 1 :].lstrip(" ")[:1]

@@ -24,6 +24,8 @@ class ReportedFact:
 
     probes: Sequence[VerifiedQuestion]
     """The edited question first."""
+    leak: str = ""
+    """Predicted leak of the edit in words; empty where it is not known."""
     trace: tuple[Path, str] | None = None
     """The trace as a picture: (picture file, caption); None if the fact has none of its own."""
 
@@ -129,6 +131,7 @@ def _fact(fact: ReportedFact) -> Mapping[str, Any]:
         "unedited": first.unedited,
         "edited": first.edited,
         "is_right": probes[0].is_right("edited"),
+        "leak": fact.leak,
         "trace": _figure(*fact.trace) if fact.trace else None,
         "failures": sum(not probe.is_right("edited") for probe in probes[1:]),
         "probes": [_probe(probe) for probe in probes[1:]],

@@ -205,6 +205,7 @@ _HEADER = """# Editing results
 
 Made by `make results` (`--limit {limit} --together {together} --probes {probes}`) on the embedded model (weights
 {weights:.12}, multrace {version}) and its own world of facts.
+[CounterFact and zsRE in a real text model](results_real.md) are on a page of their own.
 Settings were chosen on one half of each edit split and are reported on the other. Where that half has fewer facts
 than needed (80 long-tail facts), the last ones of the first half follow, on which nothing was chosen.
 
