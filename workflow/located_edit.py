@@ -380,7 +380,8 @@ def locate_then_edit(
         traces: As in `locate`.
         editor: Settings whose layer and token the trace replaces, or a class or function that makes settings from
             `layer` and `token`. The change is spread over no layer below the one where the picture arrives.
-        moments: Second moments of keys, for editors that need them; as in `MultEdit.start`.
+        moments: Second moments of keys, for editors that need them; as in `MultEdit.start`. Only moments that are given
+            take part in the choice of the site, since own ones are made of the layers that are edited alone.
         jointly: Make one delta of all requests. All values are searched for on the unedited model, as MEMIT (arXiv
             2210.07229) does for a batch; requests with the same site are then solved together, and the sites follow
             each other from the lowest layer up, each solved with the earlier ones in the model. Otherwise each request
