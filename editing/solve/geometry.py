@@ -82,6 +82,18 @@ def predict_geometry(
         progress: Show a progress bar.
 
     Source: ROME, arXiv 2202.05262, equation 2, for the direction of a change.
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> from multrace.editing import Siblings, predict_geometry
+        >>> vlm = mt.load(tiny_vlm_path())
+        >>> question = mt.Question(text="Who founded Previco?", constraint="Previco")
+        >>> request = mt.EditRequest(question=question, target="Pruro")
+        >>> siblings = Siblings(names=("Brovon", "Fulex", "Lailon", "Valdex"), own=0)
+        >>> geometry = predict_geometry(vlm, [request], mt.MultEdit(layer=0, siblings=siblings), tokens=["last"])
+        >>> geometry.leak.shape == (1, vlm.layers), bool((geometry.leak > 0).all())
+        (True, True)
     """
     layers = tuple(range(vlm.layers)) if layers is None else tuple(layers)
     finder, siblings = SiblingFinder(vlm), editor.siblings or Siblings()
