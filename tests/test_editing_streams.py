@@ -411,6 +411,7 @@ class _Taken:
 
     whole: Tensor
     projection: str = "attention"
+    is_own: bool = False
 
     def matrix(self, layer: int, kind: str) -> Tensor:
         return self.whole

@@ -114,7 +114,14 @@ class AbilityTests:
     def from_json(
         cls, content: Mapping[str, Any], cloze: Sequence[Question], settings: EvaluationSettings, *, batch_size: int
     ) -> Self:
-        """Return the tests from the plain values that `as_json` gave and the cloze questions that it was made with."""
+        """Return the tests from the plain values that `as_json` gave and the cloze questions that it was made with.
+
+        Args:
+            content: The plain values.
+            cloze: The cloze questions; those that the unedited model did not answer rightly are left out again.
+            settings: What is measured.
+            batch_size: Number of questions that are answered together.
+        """
         answers = dict(content["answers"])
         return cls(
             texts=tuple(from_plain(ReferenceText, each) for each in content["texts"]),

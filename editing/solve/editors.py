@@ -200,8 +200,12 @@ class ROME(ClosedFormEditor):
     ) -> Self:
         """Return the published constants: 20 steps of Adam at 0.5, decay 0.5, KL 0.0625, stop at 0.05, clamp 4.
 
-        earlier_weight: weight of the keys of earlier edits in a session; 1.0 keeps their outputs as MEMIT's preset
-        does.
+        Args:
+            layer: The layer that is changed, which depends on the model.
+            token: The token that is edited: the name of a token group, or a position.
+            moment_weight: Number of old keys that the second moment stands for; 0 needs no moments.
+            earlier_weight: Weight of the keys of earlier edits in a session; 1.0 keeps their outputs as MEMIT's preset
+                does, None forgets them.
         """
         search = {"steps": 20, "learning_rate": 0.5, "weight_decay": 0.5, "squared_decay": False, "stop_loss": 0.05}
         place = {"layer": layer, "token": token}
@@ -234,8 +238,12 @@ class MEMIT(ClosedFormEditor):
     ) -> Self:
         """Return the constants for GPT-J: layers 3 to 8, 25 steps at 0.5, decay 0.5, clamp 0.75, 15000 old keys.
 
-        earlier_weight: weight of the keys of earlier edits in a session; 1.0 is MEMIT with the keys of all past edits
-        (arXiv 2605.26670), None the MEMIT that was published, which forgets them.
+        Args:
+            layer: The last of the layers that share the change.
+            token: The token that is edited: the name of a token group, or a position.
+            moment_weight: Number of old keys that the second moment stands for; 0 needs no moments.
+            earlier_weight: Weight of the keys of earlier edits in a session; 1.0 is MEMIT with the keys of all past
+                edits (arXiv 2605.26670), None the MEMIT that was published, which forgets them.
         """
         search = {"steps": 25, "learning_rate": 0.5, "weight_decay": 0.5, "squared_decay": False, "stop_loss": 0.05}
         place = {"layer": layer, "token": token, "spread": min(6, layer + 1)}
@@ -264,7 +272,12 @@ class EMMET(ClosedFormEditor):
 
         Its ridge of 0.1 is added to the system over the edits, which makes their weight 10 instead of infinite.
 
-        earlier_weight: weight of the keys of earlier edits in a session; 10.0 counts them like those of the edit.
+        Args:
+            layer: The layer that is changed.
+            token: The token that is edited: the name of a token group, or a position.
+            moment_weight: Number of old keys that the second moment stands for; 0 needs no moments.
+            earlier_weight: Weight of the keys of earlier edits in a session; 10.0 counts them like those of the edit,
+                None forgets them.
         """
         search = {"steps": 25, "learning_rate": 0.5, "weight_decay": 1e-3, "squared_decay": False, "stop_loss": 0.05}
         place = {"layer": layer, "token": token}

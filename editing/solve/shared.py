@@ -26,7 +26,7 @@ class Shared:
     def __init__(self, vlm: VisionLanguageModel, moments: MomentSource) -> None:
         """Begin without edits. moments: as in `ClosedFormEditor.start`."""
         self.vlm = vlm
-        self.moments: Moments | None = None
+        self.moments = moments if isinstance(moments, Moments) else None
         """The second moments by which the edit under way weighs old keys, always of the unedited model."""
         self._old_keys = OldKeys(vlm, moments)
         self.keys = EarlierKeys()
