@@ -10,7 +10,7 @@ import torch
 from multrace.data import World
 from multrace.editing.siblings import SiblingFinder, Siblings, SiblingSet, other_subjects
 from multrace.editing.siblings.names import beginnings
-from multrace.editing.solve.kept import KeptFinder, kept_siblings, kept_weights
+from multrace.editing.solve.kept import kept_weights
 from multrace.editing.solve.problem import Rows
 from multrace.editing.values import Lookup, keys_and_values
 from multrace.models import VisionLanguageModel
@@ -346,20 +346,13 @@ def test_the_mean_of_siblings_is_kept_exactly(tiny_vlm: VisionLanguageModel, pla
     assert (keys @ dense.T).norm(dim=-1).min() > 1e-3 * size  # each by itself moves
 
 
-def test_more_siblings_than_there_is_room_for_are_kept_by_their_means(random_llama: VisionLanguageModel):
-    questions = tuple(named(name) for name in COMPANIES[:9])
-    sets = {0: SiblingSet(others=questions[:7], own=questions[7:])}
-    options = {"without": (), "own": True, "mean": False, "has_token": lambda question: True}
-    whole, means = (kept_siblings(sets, room=room, **options) for room in (8, 7))  # one of nine is not kept
-    assert [each.averaged for each in whole] == [False] * 9
-    assert [each.averaged for each in means] == [True] * 9
-    assert [each.held_out for each in whole] == [each.held_out for each in means] == [*[False] * 3, True, *[False] * 5]
-    asked = kept_siblings(sets, room=7, **options | {"without": {questions[0].key}})
-    assert [each.averaged for each in asked] == [False] * 8  # what is kept anyway needs no room twice
-    editor = mt.MultEdit(layer=1, token="constraint_last", steps=1, siblings=Siblings(names=COMPANIES[1:], own=0))
-    finder = KeptFinder(random_llama, editor, SiblingFinder(random_llama), progress=False)
-    assert all(each.averaged for each in finder.find({0: about()}, keys=1, room=14))
-    assert not any(each.averaged for each in finder.find({0: about()}, keys=1, room=15))
+def test_requests_share_the_room_for_siblings(random_llama: VisionLanguageModel):
+    finder, settings = SiblingFinder(random_llama), Siblings(names=COMPANIES, own=0)
+    requests = [mt.EditRequest(question=named(name), target="red") for name in COMPANIES[:4]]
+    counts = {room: [len(each.others) for each in finder.find(requests, settings, room=room)] for room in (None, 12, 2)}
+    assert counts[None] == [20] * 4
+    assert counts[12] == [3] * 4
+    assert counts[2] == [1, 0, 1, 0]
 
 
 # ---- names ----

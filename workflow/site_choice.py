@@ -46,6 +46,21 @@ def choose_site(
 
     Raises:
         TraceError: As `CausalTrace.edit_site`.
+
+    Example:
+        >>> import multrace as mt
+        >>> from multrace.data import tiny_vlm_path
+        >>> from multrace.editing import Siblings, predict_geometry
+        >>> from multrace.workflow import choose_site
+        >>> vlm, others = mt.load(tiny_vlm_path()), ("Brovon", "Fulex", "Lailon", "Valdex")
+        >>> prompt = vlm.prompt(None, "Who founded Previco?", constraint="Previco")
+        >>> options = {"corruption": mt.ReplaceText("Nimvex"), "positions": ("last",), "progress": False}
+        >>> trace = mt.causal_trace(vlm, prompt, **options)
+        >>> editor = mt.MultEdit(layer=0, siblings=Siblings(names=others, own=0))
+        >>> request = mt.EditRequest(question=prompt, target="Pruro")
+        >>> site = choose_site(trace, predict_geometry(vlm, [request], editor, tokens=["last"]))
+        >>> site.layer >= site.onset, 0 < site.leak <= 0.25
+        (True, True)
     """
     strongest = trace.edit_site(fraction)
     if geometry is None or not geometry.has_siblings:

@@ -81,24 +81,19 @@ def predict_geometry(
         most: Maximum number of requests that are run.
         progress: Show a progress bar.
 
-    Returns:
-        The means over the requests that are run, for each token and layer.
-
     Source: ROME, arXiv 2202.05262, equation 2, for the direction of a change.
 
     Example:
         >>> import multrace as mt
         >>> from multrace.data import tiny_vlm_path
-        >>> from multrace.editing import predict_geometry
+        >>> from multrace.editing import Siblings, predict_geometry
         >>> vlm = mt.load(tiny_vlm_path())
-        >>> requests = [
-        ...     mt.EditRequest(question=mt.Question(text=f"Who founded {name}?", constraint=name), target="Pruro")
-        ...     for name in ("Draivo", "Leistia")
-        ... ]
-        >>> tokens = ["constraint_last", "last"]
-        >>> geometry = predict_geometry(vlm, requests, mt.MultEdit(layer=5), tokens=tokens, layers=[4, 5])
-        >>> geometry.leak.shape
-        torch.Size([2, 2])
+        >>> question = mt.Question(text="Who founded Previco?", constraint="Previco")
+        >>> request = mt.EditRequest(question=question, target="Pruro")
+        >>> siblings = Siblings(names=("Brovon", "Fulex", "Lailon", "Valdex"), own=0)
+        >>> geometry = predict_geometry(vlm, [request], mt.MultEdit(layer=0, siblings=siblings), tokens=["last"])
+        >>> geometry.leak.shape == (1, vlm.layers), bool((geometry.leak > 0).all())
+        (True, True)
     """
     layers = tuple(range(vlm.layers)) if layers is None else tuple(layers)
     finder, siblings = SiblingFinder(vlm), editor.siblings or Siblings()
