@@ -81,6 +81,9 @@ def predict_geometry(
         most: Maximum number of requests that are run.
         progress: Show a progress bar.
 
+    Returns:
+        The means over the requests that are run, for each token and layer.
+
     Source: ROME, arXiv 2202.05262, equation 2, for the direction of a change.
 
     Example:
