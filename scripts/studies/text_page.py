@@ -39,9 +39,10 @@ pictures and of facts that were taught.
   the unedited model. *right*: those whose answers begin with the right answer, and in parentheses that share as a
   share of the unedited model's own: a small model knows few of these answers, and an editor cannot keep what is not
   there.
-- *step*: edits that are made together. *s per edit*: of the first and of the last hundred edits. *memory*: how far the
-  peak of the process rose. *growth*: largest relative growth of the norm of an edited weight. *perplexity*: of texts
-  that the unedited model sampled, as a multiple of that before.
+- *step*: edits that are made together. *s per edit*: of the first and of the last hundred edits, on a machine that
+  may have done other work too, and only of calls that were not killed. *memory*: how far the peak of the process rose.
+  *growth*: largest relative growth of the norm of an edited weight. *perplexity*: of texts that the unedited model
+  sampled, as a multiple of that before.
 - Brackets hold 95 % bootstrap intervals over edits. The number of edits that were made stands in each line; "not run
   yet" is said where there are none, and a sequence that is under way is shown up to its last measurement.
 - Second moments are over texts that the model sampled by itself.
