@@ -93,7 +93,7 @@ def edited(tmp_path_factory: pytest.TempPathFactory, llava_llama_path: Path) -> 
     desk = lay(tmp_path_factory.mktemp("edited"), llava_llama_path)
     saved, printed = desk.folder / "edited_model", io.StringIO()
     with redirect_stdout(printed):
-        assert app(desk.asked("edit", save_model=str(saved))) == 0
+        assert app(desk.asked("edit", save_model=str(saved), ending="stop")) == 0  # a random model never stops
     pairs = (line.split("  ", 1) for line in printed.getvalue().splitlines() if "  " in line)
     return Edited(desk=desk, states={name: rest.strip() for name, rest in pairs}, model=saved)
 
@@ -206,7 +206,7 @@ def test_a_saved_edited_model_answers_like_the_edit(edited: Edited):
 
 
 def test_edit_where_the_trace_says(desk: Desk, random_llava_llama: VisionLanguageModel, capsys: pytest.CaptureFixture):
-    assert app(desk.asked("edit", where=None)) == 0  # tracing is the default
+    assert app(desk.asked("edit", where=None, ending="stop")) == 0  # tracing is the default
     vlm = random_llava_llama
     prompt = vlm.prompt(desk.photo, QUESTION, constraint=CONSTRAINT)
     trace = causal_trace(

@@ -10,6 +10,7 @@ import torch
 
 from ...data.facts import Question
 from ...models import Prompt, VisionLanguageModel
+from ..requests import continuations_where_finite
 
 _LONGEST = 6
 """Maximum number of words of a name."""
@@ -66,9 +67,11 @@ def _names(vlm: VisionLanguageModel, question: Question, start: str, end: str, n
     ranked = vlm.logits(prompt)[0, -1].topk(min(number + len(special), vlm.vocab)).indices.tolist()
     first = [token for token in ranked if token not in special][:number]
     branches = [start + text for text in beginnings(vlm, prompt, first) if text.strip()]
-    prompts = [vlm.prompt(None, text, template=question.template) for text in branches]
-    found = vlm.continuations(prompts, max_new_tokens=_TOKENS, batch_size=number) if prompts else []
+    asked = [Question(text=text, template=question.template) for text in branches]
+    found = continuations_where_finite(vlm, asked, max_new_tokens=_TOKENS, batch_size=max(1, number))
     for text, continuation in zip(branches, found, strict=True):
+        if continuation is None:
+            continue
         match = re.search(end, whole := (text + continuation.text)[len(start) :])
         if match is None and not continuation.stopped:
             continue

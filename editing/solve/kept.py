@@ -192,6 +192,8 @@ class KeptKeys:
         for question, lookup in zip(kept, found, strict=True):
             if question.owner is None:
                 asked.append((question.name, lookup.keys))
+            elif not torch.isfinite(lookup.keys).all():
+                continue  # nobody asked for it, and a model that overflows there keeps nothing
             elif question.held_out:
                 for group in ((question.owner, question.kind), *question.also):
                     held.setdefault(group, []).append(lookup.keys[:1])

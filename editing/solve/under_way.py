@@ -30,6 +30,7 @@ from ..requests import (
 )
 from ..siblings import SiblingSet
 from ..values import (
+    LONGEST_ANSWER,
     Goals,
     Lookup,
     PlainGoal,
@@ -386,7 +387,7 @@ def _answered(
     vlm: VisionLanguageModel, requests: Sequence[EditRequest], progress: bool
 ) -> tuple[list[Continuation | None], set[int]]:
     """What the model says now to each request's question, and the requests all of whose questions have their target."""
-    longest = room_for_targets(vlm, requests)
+    longest = max(room_for_targets(vlm, requests), LONGEST_ANSWER)
     asked = [request.question for request in requests]
     found = continuations_where_finite(vlm, asked, max_new_tokens=longest, progress=progress)
     done = set()

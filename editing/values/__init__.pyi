@@ -1,4 +1,4 @@
-from .endings import ending_of as ending_of, ends_by_itself as ends_by_itself
+from .endings import LONGEST_ANSWER as LONGEST_ANSWER, ending_of as ending_of, ends_by_itself as ends_by_itself
 from .gradients import AnswerGradients as AnswerGradients, answer_gradients as answer_gradients
 from .keys import (
     Goal as Goal,

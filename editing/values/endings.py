@@ -10,6 +10,9 @@ from ...models.replay.upper import PaddedBatch
 from ..requests import MARKS, end_of_answer
 from .keys import Goals, chunks, end_ids, target_batch
 
+LONGEST_ANSWER = 16
+"""Number of tokens within which the ending of the present answer has to be."""
+
 
 def ending_of(vlm: VisionLanguageModel, request: EditRequest, present: Continuation | None) -> tuple[int, ...]:
     """Return the ids that follow the target if the model ends it as it ends its present answer, at most one of them.
@@ -40,6 +43,14 @@ def _mark_ids(vlm: VisionLanguageModel, request: EditRequest, mark: str) -> tupl
     prompt = vlm.prompt_for(request.question)
     plain, marked = (tuple(prompt.answer_tokens(text)) for text in (request.target, request.target + mark))
     return marked[len(plain) : len(plain) + 1] if marked[: len(plain)] == plain else ()
+
+
+def _beginning(vlm: VisionLanguageModel, present: Continuation) -> Continuation:
+    """The first tokens of a continuation, so that an ending does not depend on how long the model was let go on."""
+    ids = vlm.tokenizer(present.text, add_special_tokens=False)["input_ids"]
+    if len(ids) <= LONGEST_ANSWER:
+        return present
+    return Continuation(text=vlm.tokenizer.decode(ids[:LONGEST_ANSWER]), stopped=False)
 
 
 @torch.no_grad()

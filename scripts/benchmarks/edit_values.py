@@ -171,7 +171,7 @@ TOLERANCE = {"float64": 1e-6, "float32": 1e-2, "bfloat16": 0.5, "float16": 0.5}
 
 def search_settings(steps: int) -> ValueSettings:
     """Return the settings of both searches: a fixed number of steps, with the clamp of ROME and the default decay."""
-    return ValueSettings(learning_rate=0.05, steps=steps, stop_loss=-1.0, clamp=4.0)
+    return ValueSettings(learning_rate=0.05, steps=steps, stop_loss=-1.0, clamp=4.0, ending="stop")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,7 +87,7 @@ def test_goals_that_are_done_leave_a_search_above_the_shared_keys(vlm):
     questions = ("Who?", "Which city is in the photo here?", "Who won the medal?")
     asked = zip(questions, ("golf", "tennis", "rome"), strict=True)
     requests = [mt.EditRequest(question=vlm.prompt(draw_photo(1), text), target=target) for text, target in asked]
-    editor = mt.MultEdit(layer=3, steps=12, stop_loss=5.2)
+    editor = mt.MultEdit(layer=3, steps=12, stop_loss=5.2, ending="stop")
     together = editor.search(vlm, requests, progress=False)
     alone = [editor.search(vlm, [request], progress=False)[0] for request in requests]
     steps = [each.results[0].steps for each in together]
