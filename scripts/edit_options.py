@@ -197,7 +197,7 @@ class EditorOptions(GeneralOptions):
         float | None,
         Parameter(
             help="weight of the keys of questions whose outputs stay; inf for an exact fit (default: exact where that "
-            "leaves at least half of what each request asks for)",
+            "leaves each request at least half of what it would be given without them)",
             group=EDITOR,
             metavar="WEIGHT",
         ),

@@ -129,7 +129,7 @@ def test_a_request_whose_siblings_are_near_keeps_half_of_what_it_asks_for(tiny_v
     prompt = tiny_vlm.prompt_for(request.question)
     keys, _ = keys_and_values(tiny_vlm, [prompt], layer=0, token="last", end=False)
     key = keys[0].double()
-    ridge = 0.5 * key.square().sum().item()
+    ridge = 2.0 * key.square().sum().item()
     near = {**place, "ridge": ridge, "siblings": SIBLINGS}
     (siblings,) = SiblingFinder(tiny_vlm).find([request], SIBLINGS)
     rows = torch.stack([keys_of(tiny_vlm, tiny_vlm.prompt_for(each), 0)[-1] for each in siblings.others])
@@ -145,15 +145,29 @@ def test_a_request_whose_siblings_are_near_keeps_half_of_what_it_asks_for(tiny_v
 
     delta = mt.MultEdit(**near).edit(tiny_vlm, [request], progress=False)
     (report,) = delta.requests
-    wanted = next(weight for weight in (100.0, 10.0, 1.0, 0.1, 0.01, 0.001) if share(weight) >= 0.5)
+    least = 0.5 / 3.0  # half of what the ridge alone leaves
+    wanted = next(weight for weight in (100.0, 10.0, 1.0, 0.1, 0.01, 0.001) if share(weight) >= least)
     assert report["kept_weight"] == wanted
     assert report["share"] == pytest.approx(share(wanted), rel=1e-4)
     assert (change_of(tiny_vlm, delta) @ asked).norm() < 1e-4 * next(iter(delta.changes.values())).residuals[0].norm()
     (exact,) = mt.MultEdit(**near, preserve_weight=float("inf")).edit(tiny_vlm, [request], progress=False).requests
-    assert exact["share"] < 0.5 <= report["share"]
+    assert exact["share"] < least <= report["share"]
     assert "kept_weight" not in exact
     (roomy,) = mt.MultEdit(**{**near, "ridge": None}).edit(tiny_vlm, [request], progress=False).requests
     assert "kept_weight" not in roomy and roomy["share"] > 0.9
+
+
+def test_what_a_large_ridge_takes_is_no_reason_to_keep_less(tiny_vlm: VisionLanguageModel):
+    request = about(preserve_prompts=[named(COMPANIES[3])])
+    prompt = tiny_vlm.prompt_for(request.question)
+    keys, _ = keys_and_values(tiny_vlm, [prompt], layer=2, token="constraint_last", end=False)
+    ridge = 4 * keys[0].square().sum().item()
+    delta = mt.MultEdit(**AT_NAME, siblings=SIBLINGS, ridge=ridge).edit(tiny_vlm, [request], progress=False)
+    (report,), (change,) = delta.requests, delta.changes.values()
+    assert report["share"] < 0.21 and "kept_weight" not in report
+    kept = tiny_vlm.prompt_for(request.preserve_prompts[0])
+    key = keys_of(tiny_vlm, kept, 2)[kept.groups["constraint_last"][-1]]
+    assert (change_of(tiny_vlm, delta) @ key).norm() < 1e-4 * change.residuals[0].norm()
 
 
 def test_siblings_give_way_before_what_was_asked_to_be_kept():

@@ -24,9 +24,9 @@ from ...models.replay.upper import PaddedBatch
 from ..moments import Moments
 from ..requests import Augmentation, EditError, edited_questions
 from ..siblings import SiblingFinder, Siblings, SiblingSet
-from ..values import Goal, key_positions, prompt_end, target_batch
+from ..values import Goal, key_positions, target_batch
 from ..values.keys import chunks
-from .kept import HELD_OUT
+from .kept import HELD_OUT, is_last_token
 from .problem import Rows, solve
 from .settings import ClosedFormSettings
 
@@ -144,7 +144,7 @@ def _shares(
                 if torch.isfinite(row).all() and row.any():
                     present[owner].append(row.double())
             if present["request"]:
-                own_is_kept = keeps and _is_last(vlm, request.question, name)
+                own_is_kept = keeps and is_last_token(vlm, request.question, name)
                 kept = {"others": keeps, "own": own_is_kept}
                 cost = partial(editor.cost, layer, projection, moments)
                 result[:, token, place] = _of_cell(present, kept, editor, cost)
@@ -194,11 +194,6 @@ def _wordings(request: EditRequest) -> tuple[Question, ...]:
     if own or not request.question.images:
         return own
     return tuple(Augmentation().questions(request.question))
-
-
-def _is_last(vlm: VisionLanguageModel, question: Question, token: str | int) -> bool:
-    prompt = vlm.prompt_for(question)
-    return key_positions(prompt, token, end=False, every=False)[0] == prompt_end(prompt) - 1
 
 
 def keys_everywhere(

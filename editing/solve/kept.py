@@ -109,9 +109,8 @@ class KeptFinder:
         return answers_where_finite(self.vlm, questions, **sizes, progress=self.progress)
 
     def is_last(self, question: Question) -> bool:
-        """Whether the edited token is the last one of the question's prompt, after which answers begin."""
-        prompt = self.vlm.prompt_for(question)
-        return key_positions(prompt, self.token, end=False, every=False)[0] == prompt_end(prompt) - 1
+        """Whether the edited token is the last one of the question's prompt, as `is_last_token`."""
+        return is_last_token(self.vlm, question, self.token)
 
     def has_token(self, question: Question) -> bool:
         """Whether the question's prompt has the edited token."""
@@ -120,6 +119,12 @@ class KeptFinder:
         except EditError:
             return False
         return True
+
+
+def is_last_token(vlm: VisionLanguageModel, question: Question, token: str | int) -> bool:
+    """Return whether a token is the last one of the question's prompt, after which answers begin."""
+    prompt = vlm.prompt_for(question)
+    return key_positions(prompt, token, end=False, every=False)[0] == prompt_end(prompt) - 1
 
 
 def kept_siblings(

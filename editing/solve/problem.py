@@ -136,6 +136,16 @@ class Rows:
         explained = (shadow * torch.linalg.solve(gram, shadow.T).T).sum(-1).mean().item()
         return fraction * max(whole - explained, _LEAST * whole)
 
+    @property
+    def own(self) -> Rows:
+        """The rows of the edit alone."""
+        count, taken = 0, 0
+        while count < self.edited:
+            count, taken = count + len(self.keys[taken]), taken + 1
+        directions = None if self.directions is None else self.directions[:taken]
+        lists = {"keys": self.keys[:taken], "residuals": self.residuals[:taken], "directions": directions}
+        return replace(self, **lists, weights=self.weights[:count], names=self.names[:count])
+
     def with_weights(self, weights: Sequence[float]) -> Rows:
         """Return these rows with other weights of those behind the edit's own."""
         return replace(self, weights=[*self.weights[: self.edited], *weights])

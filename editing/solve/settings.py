@@ -58,8 +58,8 @@ class ClosedFormSettings(ValueSettings):
     """Weight of each edited key in the least-squares problem; inf meets what is asked there exactly."""
     preserve_weight: float | None = None
     """Weight of the keys whose outputs are to stay, those of `preserve_prompts` and of siblings; inf keeps them
-    exactly. None keeps them exactly where that leaves at least half of what each request asks for, and otherwise with
-    the largest weight that does, first of siblings and then of `preserve_prompts`."""
+    exactly. None keeps them exactly where that leaves each request at least half of what it would be given without
+    them, and otherwise with the largest weight that does, first of siblings and then of `preserve_prompts`."""
     siblings: Siblings | None = None
     """The questions whose outputs are to stay without being asked for; None for those of `preserve_prompts` alone."""
     earlier_weight: float | None = None

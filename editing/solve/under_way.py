@@ -46,7 +46,7 @@ from .anchor import anchor_report, anchored_result, norms_by_request, too_large
 from .cost import Cost, StackedCost
 from .earlier import FACTS, facts_of
 from .kept import KeptFinder, KeptKeys, KeptQuestion, kept_weights, shares, warn_of_little
-from .problem import Rows, changes_by_weight, check_contradictions, reduced, solve, unrouted
+from .problem import Rows, Solution, changes_by_weight, check_contradictions, reduced, solve, unrouted
 from .settings import ClosedFormSettings
 from .shared import Shared
 
@@ -169,7 +169,7 @@ class EditUnderWay:
         if self.editor.ending != "own" or not todo:
             return {index: {} for index in todo}
         found = {index: ending_of(self.vlm, self.requests[index], present[index]) for index in todo}
-        if self.token != "last" or not self.editor.answer_keys:
+        if not self.editor.answer_keys or not self.finder.is_last(self.requests[todo[0]].question):
             return {index: {"ending": ending} for index, ending in found.items()}
         firsts = [goals_of(self.requests[index], ending=ending)[0] for index, ending in found.items()]
         natural = ends_by_itself(self.vlm, Goals(self.vlm, firsts), self.token, rows_at_once=self.editor.rows_at_once)
@@ -310,11 +310,8 @@ class EditUnderWay:
         tried = [(weight, weight)] if weight is not None else kept_weights(asked, others)
         for number, (of_asked, of_others) in enumerate(tried):
             weighted = rows.with_weights([of_asked] * asked + [of_others] * others)
-            problem = weighted.problem()
-            solution = solve(self._cost(layer, weighted), problem)
-            change = reduced(solution, problem, len(owners), owners)
-            least = min(shares(change).values(), default=1.0)
-            if least >= _ENOUGH or number == len(tried) - 1:
+            solution, change = self._solution(layer, weighted, owners)
+            if number == len(tried) - 1 or self._leaves_enough(layer, rows, owners, change):
                 break
         self.relaxed |= set(solution.relaxed)
         if number:
@@ -327,6 +324,22 @@ class EditUnderWay:
                 self.kept.setdefault(owner, {})["kept_weight"] = of_others if others else of_asked
         warn_of_little(change, keys, [request.label for request in self.requests], least=_ENOUGH)
         return change
+
+    def _solution(self, layer: int, rows: Rows, owners: Sequence[int]) -> tuple[Solution, WeightChange]:
+        problem = rows.problem()
+        solution = solve(self._cost(layer, rows), problem)
+        return solution, reduced(solution, problem, len(owners), owners)
+
+    def _leaves_enough(self, layer: int, rows: Rows, owners: Sequence[int], change: WeightChange) -> bool:
+        """Whether the kept keys leave each request at least half of what it would be given without them.
+
+        What a large ridge or a large cost of old keys takes is no reason to keep less.
+        """
+        given = shares(change)
+        if min(given.values(), default=1.0) >= _ENOUGH:
+            return True
+        free = shares(self._solution(layer, rows.own, owners)[1])
+        return all(share >= _ENOUGH * free[owner] for owner, share in given.items())
 
     def _cost(self, layer: int, rows: Rows) -> Cost | StackedCost:
         editor, projection = self.editor, self.projections[layer]
